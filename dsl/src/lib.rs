@@ -1,0 +1,1 @@
+//! RON text to checked models, runs and sweeps.

@@ -1,0 +1,1 @@
+//! The marimba command as a library.

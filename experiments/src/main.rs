@@ -1,0 +1,2 @@
+//! The marimba binary.
+fn main() {}

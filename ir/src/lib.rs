@@ -1,0 +1,1 @@
+//! Typed graph of coarse ops, passes, autodiff and memory plan.

@@ -1,0 +1,1 @@
+//! Suites that look at every crate from outside.
