@@ -1,1 +1,3 @@
 //! The marimba command as a library.
+
+pub mod data;
