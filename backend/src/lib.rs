@@ -1,1 +1,162 @@
-//! Executes plans.
+//! Executes plans. Three backends, one meaning: `cpu` (native), `cuda` (has its place here), `dfdx` (the reference).
+//!
+//! An [`Engine`] owns the memory that outlives a run (parameters, gradients, moments, states), shared by all programs loaded into it
+//! under the names of the graph's externals; a program is a graph and its plan, bound to that memory.
+
+use marimba_ir::{Graph, Plan, Type};
+use std::collections::HashMap;
+
+/// Numbers on the host.
+#[derive(Clone, Debug, PartialEq)]
+pub enum HostTensor {
+    /// Floats of any element type, widened.
+    F32(Vec<f32>),
+    /// Integers.
+    I32(Vec<i32>),
+}
+
+impl HostTensor {
+    /// Number of elements.
+    pub fn len(&self) -> usize {
+        match self {
+            HostTensor::F32(v) => v.len(),
+            HostTensor::I32(v) => v.len(),
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The floats; empty for integers.
+    pub fn f32(&self) -> &[f32] {
+        match self {
+            HostTensor::F32(v) => v,
+            HostTensor::I32(_) => &[],
+        }
+    }
+}
+
+/// A program loaded into an engine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ProgramId(pub usize);
+
+/// What can go wrong outside the user's files.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum BackendError {
+    /// No such backend here.
+    #[error("backend {name} is not available: {why}")]
+    NoDevice {
+        /// Backend asked for.
+        name: String,
+        /// What is missing.
+        why: String,
+    },
+    /// The plan does not fit; known before anything ran.
+    #[error("out of memory: {need} bytes needed, {have} available; largest: {largest}")]
+    OutOfMemory {
+        /// Bytes.
+        need: usize,
+        /// Bytes.
+        have: usize,
+        /// The largest values at the peak.
+        largest: String,
+    },
+    /// A tensor handed in does not fit the program.
+    #[error("{name} has {found} elements, {expected} expected")]
+    WrongSize {
+        /// Name of the external.
+        name: String,
+        /// Elements given.
+        found: usize,
+        /// Type wanted.
+        expected: String,
+    },
+    /// The engine has no memory of that name.
+    #[error("nothing is stored under {name}")]
+    Unknown {
+        /// Name asked for.
+        name: String,
+    },
+    /// An op cannot run here.
+    #[error("{op} at {path} cannot run on {backend}: {why}")]
+    Unsupported {
+        /// Op name.
+        op: &'static str,
+        /// DSL path.
+        path: String,
+        /// Backend.
+        backend: &'static str,
+        /// Why.
+        why: String,
+    },
+}
+
+/// Outputs of a run by name.
+pub type Outputs = HashMap<String, HostTensor>;
+
+/// The first result that was not finite, for explaining a NaN loss.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NonFinite {
+    /// Position of the node in the program.
+    pub node: usize,
+    /// Op name.
+    pub op: &'static str,
+    /// DSL path.
+    pub path: String,
+    /// Which result.
+    pub result: usize,
+    /// How many elements are not finite.
+    pub count: usize,
+    /// Largest finite magnitude among its arguments.
+    pub largest_arg: f32,
+}
+
+/// A backend. Externals are addressed by `word:name` (`param:layers.0.mixer.in_proj`, `state:layers.0.mixer.conv`).
+pub trait Engine: Send {
+    /// `cpu`, `dfdx` or `cuda`.
+    fn name(&self) -> &'static str;
+
+    /// Binds a planned graph: allocates its arena (shared by all programs of the engine) and the externals it names that do not exist
+    /// yet (zeroed; constants filled). Refuses before allocating when memory does not suffice.
+    ///
+    /// # Errors
+    /// [`BackendError`] when it does not fit or an op cannot run.
+    fn load(&mut self, graph: Graph, plan: Plan) -> Result<ProgramId, BackendError>;
+
+    /// Runs a program on inputs by name; returns its named outputs (gradient outputs `grad:*` are left on the device).
+    ///
+    /// # Errors
+    /// [`BackendError`] when an input is missing or has another size.
+    fn run(
+        &mut self,
+        program: ProgramId,
+        inputs: &[(&str, HostTensor)],
+    ) -> Result<Outputs, BackendError>;
+
+    /// Runs a program and looks at every result: the first that is not finite.
+    ///
+    /// # Errors
+    /// As [`Engine::run`].
+    fn run_checked(
+        &mut self,
+        program: ProgramId,
+        inputs: &[(&str, HostTensor)],
+    ) -> Result<Option<NonFinite>, BackendError>;
+
+    /// Overwrites an external, making it when it does not exist.
+    ///
+    /// # Errors
+    /// [`BackendError::WrongSize`] when the number of elements differs from an existing one.
+    fn write(&mut self, key: &str, ty: &Type, data: &HostTensor) -> Result<(), BackendError>;
+
+    /// Reads an external.
+    ///
+    /// # Errors
+    /// [`BackendError::Unknown`].
+    fn read(&self, key: &str) -> Result<HostTensor, BackendError>;
+
+    /// Zeroes all externals of a kind, such as `state` before a new sequence.
+    fn zero(&mut self, word: &str);
+}

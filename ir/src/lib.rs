@@ -1,1 +1,18 @@
-//! Typed graph of coarse ops, passes, autodiff and memory plan.
+//! The typed graph of coarse ops: lowering of checked models, differentiation, passes, memory plan, and folds over the graph.
+//!
+//! `Valid<Model> --lower--> Graph --passes--> Graph --plan--> Plan`. Nothing here runs anything; `backend` does.
+//! Types of this crate are not serialisable: they print.
+
+mod graph;
+pub mod op;
+mod plan;
+mod ty;
+mod vjp;
+
+pub use graph::{
+    Def, External, Graph, Node, NodeId, Param, ParamInit, Phase, Place, TypeError, Value, ValueId,
+    replace_last,
+};
+pub use plan::{Memory, Plan, plan};
+pub use ty::{DType, Dim, Letter, Type};
+pub use vjp::{Vjp, differentiate};
