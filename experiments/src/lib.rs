@@ -1,3 +1,5 @@
 //! The marimba command as a library.
 
 pub mod data;
+
+pub mod record;
