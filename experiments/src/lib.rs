@@ -1,5 +1,4 @@
 //! The marimba command as a library.
 
 pub mod data;
-
 pub mod record;
