@@ -1,1 +1,2 @@
 //! RON text to checked models, runs and sweeps.
+pub mod model;

@@ -193,6 +193,8 @@ pub struct Graph {
     pub outputs: Vec<(String, ValueId)>,
     /// Parameters in the order of first use.
     pub params: Vec<Param>,
+    /// Named activations that probes may look at, such as `layers[3].mixer.out`.
+    pub taps: Vec<(String, ValueId)>,
 }
 
 impl Graph {

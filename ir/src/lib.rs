@@ -4,6 +4,7 @@
 //! Types of this crate are not serialisable: they print.
 
 mod graph;
+pub mod lower;
 pub mod op;
 mod plan;
 mod ty;
@@ -13,6 +14,7 @@ pub use graph::{
     Def, External, Graph, Node, NodeId, Param, ParamInit, Phase, Place, TypeError, Value, ValueId,
     replace_last,
 };
+pub use lower::{Mode, Options, lower, update};
 pub use plan::{Memory, Plan, plan};
 pub use ty::{DType, Dim, Letter, Type};
 pub use vjp::{Vjp, differentiate};

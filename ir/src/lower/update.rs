@@ -1,0 +1,75 @@
+//! The optimiser's graph: global gradient norm, then AdamW over all trainable parameters. Runs once per step, after the micro-batches.
+
+use crate::op::{AdamW, AdamWTensor, GlobalNorm};
+use crate::{External, Graph, Param, Phase, Place, Type, TypeError};
+
+/// Constants of the optimiser.
+#[derive(Clone, Debug, PartialEq)]
+pub struct OptimizerConfig {
+    /// b1, b2.
+    pub betas: (f64, f64),
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Decoupled decay of matrices.
+    pub weight_decay: f64,
+    /// Largest global gradient norm.
+    pub clip: Option<f64>,
+}
+
+/// Inputs `lr`, `step` (from 1), both `f32[X1]`; output `grad_norm`. Parameters, gradients and moments by name.
+///
+/// # Errors
+/// [`TypeError`]: a bug.
+pub fn update(params: &[Param], config: &OptimizerConfig) -> Result<Graph, TypeError> {
+    let mut g = Graph {
+        params: params.to_vec(),
+        ..Graph::default()
+    };
+    let at = Place {
+        path: "optimizer".into(),
+        block: None,
+        phase: Phase::Update,
+    };
+    let lr = g.add_external(External::Input, "lr", Type::scalar());
+    let step = g.add_external(External::Input, "step", Type::scalar());
+    let trainable: Vec<&Param> = params.iter().filter(|p| p.trainable).collect();
+    let grads: Vec<_> = trainable
+        .iter()
+        .map(|p| Some(g.add_external(External::Grad, &p.name, p.ty.clone())))
+        .collect();
+    let norm = g.push(GlobalNorm, grads.clone(), &at)?[0];
+    let mut args = vec![Some(lr), Some(step), Some(norm)];
+    let mut tensors = Vec::new();
+    for (p, grad) in trainable.iter().zip(grads) {
+        args.push(Some(g.add_external(External::Param, &p.name, p.ty.clone())));
+        args.push(grad);
+        args.push(Some(g.add_external(
+            External::Moment1,
+            &p.name,
+            p.ty.clone(),
+        )));
+        args.push(Some(g.add_external(
+            External::Moment2,
+            &p.name,
+            p.ty.clone(),
+        )));
+        tensors.push(AdamWTensor {
+            decay: if p.decay { config.weight_decay } else { 0.0 },
+            lr_scale: 1.0,
+        });
+    }
+    let op = AdamW {
+        betas: config.betas,
+        eps: config.eps,
+        clip: config.clip,
+        tensors,
+    };
+    let results = g.push(op, args, &at)?;
+    for (i, r) in results.into_iter().enumerate() {
+        let kind = ["param", "moment1", "moment2"][i % 3];
+        g.outputs
+            .push((format!("{kind}:{}", trainable[i / 3].name), r));
+    }
+    g.outputs.push(("grad_norm".into(), norm));
+    Ok(g)
+}
