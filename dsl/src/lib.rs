@@ -1,2 +1,20 @@
 //! RON text to checked models, runs and sweeps.
+//!
+//! [`parse_model`], [`parse_run`] and their `load_` forms take a text and overrides ([`Set`]) and give a [`Valid`] value or a
+//! [`Report`] of all violations, each with file, line and column. [`syntax`] documents what may be written, [`model`], [`run`],
+//! [`data`] and [`sweep`] what comes out. Nothing here knows tensors, devices or the contents of data files.
+
+pub mod check;
+pub mod data;
+mod de;
+pub mod diag;
+mod load;
 pub mod model;
+pub mod run;
+pub mod sweep;
+pub mod syntax;
+mod tree;
+
+pub use check::{Valid, unsupported};
+pub use diag::{Diagnostic, Fact, Report, Source};
+pub use load::{Set, load_model, load_run, parse_model, parse_run};

@@ -343,7 +343,7 @@ pub enum Ffn {
 }
 
 /// Activation functions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum Act {
     /// `x * sigmoid(x)`.
     Silu,
@@ -433,7 +433,7 @@ pub struct Router {
 }
 
 /// How router logits become scores.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub enum RouterScore {
     /// Softmax over all experts, then top-k (Jamba, Mixtral).
     SoftmaxAll,

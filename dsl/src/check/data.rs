@@ -1,0 +1,577 @@
+//! The rules of data parameters.
+
+use super::{At, Cx};
+use crate::data::{Data, MqarCell, Tokenizer};
+use std::path::PathBuf;
+
+/// What data parameters may depend on.
+pub(crate) struct Given {
+    /// V of the model, when known.
+    pub(crate) vocab_size: Option<usize>,
+    /// T of the rows, when known.
+    pub(crate) seq_len: Option<usize>,
+    /// The run's seed.
+    pub(crate) seed: u64,
+}
+
+/// T that the data itself states, if it does.
+pub(crate) fn own_seq_len(data: &Data) -> Option<usize> {
+    match data {
+        Data::Text(_) | Data::Tokens(_) => None,
+        Data::Mixture(parts) => parts.iter().find_map(|p| own_seq_len(&p.data)),
+        Data::Mqar(d) => d
+            .seq_len
+            .or_else(|| d.train.iter().filter_map(|c| c.seq_len).max()),
+        Data::InContextRecall(d) => d.seq_len,
+        Data::NoisyRecall(d) => d.seq_len,
+        Data::FuzzyRecall(d) => d.seq_len,
+        Data::Memorization(d) => d.seq_len,
+        Data::Compression(d) => d.seq_len,
+        Data::SelectiveCopying(d) => d.seq_len,
+        Data::Copying(d) => d.seq_len,
+        Data::Induction(d) => d.seq_len,
+        Data::Parity(d) => d.seq_len,
+        Data::StateTracking(d) => d.seq_len,
+        Data::Phonebook(d) => d.seq_len,
+    }
+}
+
+/// Checks and fills in.
+pub(crate) fn data(cx: &Cx<'_>, at: &At, file: &Data, given: &Given) -> Data {
+    let mut data = file.clone();
+    let seq_len = own_seq_len(&data).or(given.seq_len);
+    match &mut data {
+        Data::Text(d) => {
+            d.path = path(cx, at, "path", &d.path);
+            if let Tokenizer::File(p) = &mut d.tokenizer {
+                *p = path(cx, at, "tokenizer", p);
+                if d.raw_bytes {
+                    cx.error(
+                        &at.at("raw_bytes"),
+                        "data::raw_bytes",
+                        "`raw_bytes` with a tokenizer",
+                        "only for the bytes tokenizer",
+                        "",
+                    );
+                }
+            }
+            fraction(cx, at, "valid_fraction", d.valid_fraction);
+            d.seed.get_or_insert(given.seed);
+        }
+        Data::Tokens(d) => {
+            d.path = path(cx, at, "path", &d.path);
+            fraction(cx, at, "valid_fraction", d.valid_fraction);
+            d.seed.get_or_insert(given.seed);
+        }
+        Data::Mixture(parts) => {
+            if parts.is_empty() {
+                cx.error(
+                    at,
+                    "data::empty_mixture",
+                    "a mixture of nothing",
+                    "needs at least one source",
+                    "write `Mixture([(weight: 1, data: Text(path: \"a.txt\"))])`",
+                );
+            }
+            for (i, p) in parts.iter_mut().enumerate() {
+                let at = at.at(i);
+                cx.above_zero(&at, "weight", p.weight);
+                if matches!(p.data, Data::Mixture(_)) {
+                    cx.error(
+                        &at.at("data"),
+                        "data::nested_mixture",
+                        "a mixture inside a mixture",
+                        "not allowed here",
+                        "multiply the weights and list all sources once",
+                    );
+                } else {
+                    p.data = self::data(cx, &at.at("data"), &p.data, given);
+                }
+            }
+        }
+        Data::Mqar(d) => mqar(cx, at, d, seq_len, given.seed),
+        Data::InContextRecall(d) => {
+            halves(cx, at, "vocab_size", d.vocab_size);
+            task(
+                cx,
+                at,
+                (&mut d.seq_len, &mut d.seed),
+                d.n_train,
+                d.n_eval,
+                seq_len,
+                given,
+                4,
+            );
+        }
+        Data::NoisyRecall(d) => {
+            cx.positive(at, "n_noise", d.n_noise);
+            fraction(cx, at, "noise_fraction", d.noise_fraction);
+            halves(cx, at, "vocab_size", d.vocab_size.saturating_sub(d.n_noise));
+            task(
+                cx,
+                at,
+                (&mut d.seq_len, &mut d.seed),
+                d.n_train,
+                d.n_eval,
+                seq_len,
+                given,
+                4,
+            );
+        }
+        Data::FuzzyRecall(d) => {
+            halves(cx, at, "vocab_size", d.vocab_size);
+            cx.positive(at, "max_motif", d.max_motif);
+            task(
+                cx,
+                at,
+                (&mut d.seq_len, &mut d.seed),
+                d.n_train,
+                d.n_eval,
+                seq_len,
+                given,
+                4 * d.max_motif.max(1),
+            );
+        }
+        Data::Memorization(d) => {
+            cx.number(
+                at,
+                "vocab_size",
+                d.vocab_size as f64,
+                |v| v >= 5.0,
+                "5 or more",
+            );
+            task(
+                cx,
+                at,
+                (&mut d.seq_len, &mut d.seed),
+                d.n_train,
+                d.n_eval,
+                seq_len,
+                given,
+                2,
+            );
+        }
+        Data::Compression(d) => {
+            cx.number(
+                at,
+                "vocab_size",
+                d.vocab_size as f64,
+                |v| v >= 3.0,
+                "3 or more",
+            );
+            task(
+                cx,
+                at,
+                (&mut d.seq_len, &mut d.seed),
+                d.n_train,
+                d.n_eval,
+                seq_len,
+                given,
+                2,
+            );
+        }
+        Data::SelectiveCopying(d) => {
+            cx.number(
+                at,
+                "vocab_size",
+                d.vocab_size as f64,
+                |v| v >= 4.0,
+                "4 or more",
+            );
+            let n = cx.positive(at, "n_copy", d.n_copy);
+            task(
+                cx,
+                at,
+                (&mut d.seq_len, &mut d.seed),
+                d.n_train,
+                d.n_eval,
+                seq_len,
+                given,
+                2 * n + 1,
+            );
+        }
+        Data::Copying(d) => {
+            cx.number(
+                at,
+                "vocab_size",
+                d.vocab_size as f64,
+                |v| v >= 3.0,
+                "3 or more",
+            );
+            let min = cx.positive(at, "min_len", d.min_len);
+            let max = d
+                .max_len
+                .or(seq_len.map(|t| (t.saturating_sub(1) / 2).max(1)))
+                .unwrap_or(min);
+            if max < min {
+                cx.error(
+                    &at.at("max_len"),
+                    "value::out_of_range",
+                    format!("`max_len` {max} is below `min_len` {min}"),
+                    format!("must be at least {min}"),
+                    "",
+                );
+            }
+            d.max_len = Some(max);
+            task(
+                cx,
+                at,
+                (&mut d.seq_len, &mut d.seed),
+                d.n_train,
+                d.n_eval,
+                seq_len,
+                given,
+                2 * max + 1,
+            );
+        }
+        Data::Induction(d) => {
+            cx.number(
+                at,
+                "vocab_size",
+                d.vocab_size as f64,
+                |v| v >= 3.0,
+                "3 or more",
+            );
+            task(
+                cx,
+                at,
+                (&mut d.seq_len, &mut d.seed),
+                d.n_train,
+                d.n_eval,
+                seq_len,
+                given,
+                4,
+            );
+        }
+        Data::Parity(d) => {
+            cx.number(
+                at,
+                "p_one",
+                d.p_one,
+                |p| p > 0.0 && p < 1.0,
+                "between 0 and 1",
+            );
+            task(
+                cx,
+                at,
+                (&mut d.seq_len, &mut d.seed),
+                d.n_train,
+                d.n_eval,
+                seq_len,
+                given,
+                1,
+            );
+        }
+        Data::StateTracking(d) => {
+            cx.number(at, "n", d.n as f64, |n| (2.0..=5.0).contains(&n), "2 to 5");
+            task(
+                cx,
+                at,
+                (&mut d.seq_len, &mut d.seed),
+                d.n_train,
+                d.n_eval,
+                seq_len,
+                given,
+                1,
+            );
+        }
+        Data::Phonebook(d) => {
+            cx.number(
+                at,
+                "vocab_size",
+                d.vocab_size as f64,
+                |v| v >= 16.0,
+                "16 or more",
+            );
+            let name = cx.positive(at, "name_len", d.name_len);
+            let digits = cx.positive(at, "n_digits", d.n_digits);
+            let entries = d.n_entries.map_or(1, |n| cx.positive(at, "n_entries", n));
+            // An entry is name, separator, number, separator; the query is another one.
+            task(
+                cx,
+                at,
+                (&mut d.seq_len, &mut d.seed),
+                d.n_train,
+                d.n_eval,
+                seq_len,
+                given,
+                entries.saturating_add(1).saturating_mul(name + digits + 2),
+            );
+        }
+    }
+    if let (Some(need), Some(have)) = (data.vocab_size(), given.vocab_size)
+        && need > have
+        && !matches!(data, Data::Mixture(_))
+    {
+        let key = if cx.root.find(&at.at("vocab_size").0).is_some() {
+            at.at("vocab_size")
+        } else {
+            at.clone()
+        };
+        cx.error(
+            &key,
+            "data::vocab",
+            format!(
+                "the data has tokens up to {}, the model's vocab_size is {have}",
+                need - 1
+            ),
+            format!("needs a model with vocab_size of at least {need}"),
+            "set `model.vocab_size`, or use data with fewer tokens",
+        );
+    }
+    data
+}
+
+/// Rules and defaults that all tasks share; `need` is the shortest row that makes sense.
+fn task(
+    cx: &Cx<'_>,
+    at: &At,
+    (own, seed): (&mut Option<usize>, &mut Option<u64>),
+    n_train: Option<u64>,
+    n_eval: u64,
+    seq_len: Option<usize>,
+    given: &Given,
+    need: usize,
+) {
+    if n_train == Some(0) {
+        cx.error(
+            &at.at("n_train"),
+            "value::zero",
+            "`n_train` is 0",
+            "must be 1 or more",
+            "leave it out for examples without end",
+        );
+    }
+    if n_eval == 0 {
+        cx.error(
+            &at.at("n_eval"),
+            "value::zero",
+            "`n_eval` is 0",
+            "must be 1 or more",
+            "",
+        );
+    }
+    if let Some(t) = seq_len {
+        cx.positive(at, "seq_len", t);
+        if t < need {
+            let key = if own.is_some() {
+                at.at("seq_len")
+            } else {
+                at.clone()
+            };
+            cx.error(
+                &key,
+                "data::too_short",
+                format!("rows of {t} tokens are too short for this task"),
+                format!("needs seq_len of at least {need}"),
+                "",
+            );
+        }
+    }
+    *own = own.or(seq_len);
+    seed.get_or_insert(given.seed);
+}
+
+fn fraction(cx: &Cx<'_>, at: &At, name: &str, x: f64) {
+    cx.number(
+        at,
+        name,
+        x,
+        |x| (0.0..1.0).contains(&x),
+        "0 or more and below 1",
+    );
+}
+
+fn halves(cx: &Cx<'_>, at: &At, name: &str, v: usize) {
+    if !v.is_multiple_of(2) || v < 4 {
+        cx.error(
+            &at.at(name),
+            "data::vocab_halves",
+            format!("{v} tokens cannot be half keys and half values"),
+            "must be even, 4 or more, without noise tokens",
+            "",
+        );
+    }
+}
+
+fn mqar(cx: &Cx<'_>, at: &At, d: &mut crate::data::Mqar, seq_len: Option<usize>, seed: u64) {
+    let v = cx.positive(at, "vocab_size", d.vocab_size);
+    if !v.is_multiple_of(2) {
+        cx.error(
+            &at.at("vocab_size"),
+            "data::vocab_halves",
+            format!("vocab_size {v} cannot be half keys and half values"),
+            "must be even",
+            "",
+        );
+    }
+    cx.above_zero(at, "power", d.power);
+    if d.n_eval == 0 {
+        cx.error(
+            &at.at("n_eval"),
+            "value::zero",
+            "`n_eval` is 0",
+            "must be 1 or more",
+            "",
+        );
+    }
+    if d.n_train == Some(0) {
+        cx.error(
+            &at.at("n_train"),
+            "value::zero",
+            "`n_train` is 0",
+            "must be 1 or more",
+            "leave it out for examples without end",
+        );
+    }
+    d.seed.get_or_insert(seed);
+    d.seq_len = d.seq_len.or(seq_len);
+    let whole = d.seq_len;
+    if d.n_pairs.is_some() && !d.train.is_empty() {
+        cx.error(
+            &at.at("n_pairs"),
+            "data::pairs_twice",
+            "`n_pairs` and `train` both give the number of pairs",
+            "remove one of the two",
+            "",
+        );
+    }
+    let short = d.train.is_empty();
+    if short {
+        d.train = vec![MqarCell {
+            n_pairs: d.n_pairs.take().unwrap_or(4),
+            seq_len: whole,
+            weight: 1.0,
+        }];
+    }
+    let cell = |list: &str, i: usize, c: &mut MqarCell| {
+        let at = if short && list == "train" {
+            at.clone()
+        } else {
+            at.at(list).at(i)
+        };
+        let k = cx.positive(&at, "n_pairs", c.n_pairs);
+        cx.above_zero(&at, "weight", c.weight);
+        c.seq_len = c.seq_len.or(whole);
+        let Some(t) = c.seq_len else { return };
+        if t % 2 != 0 {
+            cx.error(
+                &at.at("seq_len"),
+                "data::mqar_odd",
+                format!("seq_len {t} is odd"),
+                "must be even",
+                "pairs and gaps take two tokens each",
+            );
+        }
+        let per_pair = if d.composite_keys { 6 } else { 4 };
+        if per_pair * k > t {
+            cx.error(
+                &at.at("n_pairs"),
+                "data::mqar_pairs",
+                format!("{k} pairs and their queries do not fit {t} tokens"),
+                format!("must be at most {}", t / per_pair),
+                format!("{per_pair} x n_pairs <= seq_len"),
+            );
+        }
+        if k >= v / 2 {
+            cx.error(
+                &at.at("n_pairs"),
+                "data::mqar_keys",
+                format!(
+                    "{k} distinct keys out of {} tokens",
+                    (v / 2).saturating_sub(1)
+                ),
+                format!("must be below {}", v / 2),
+                "raise vocab_size",
+            );
+        }
+        if v <= t {
+            cx.error(
+                &at.at("vocab_size"),
+                "data::mqar_vocab",
+                format!("vocab_size {v} is not above seq_len {t}"),
+                format!("must be at least {}", t + 2 - t % 2),
+                "",
+            );
+        }
+        if let Some(w) = whole.filter(|w| t > *w && list == "train") {
+            cx.error(
+                &at.at("seq_len"),
+                "data::too_long",
+                format!("a training cell of {t} tokens in rows of {w}"),
+                format!("must be at most {w}"),
+                "",
+            );
+        }
+        if d.n_reassigned > k {
+            cx.error(
+                &at.at("n_reassigned"),
+                "data::mqar_reassigned",
+                format!("{} of {k} keys cannot get a second value", d.n_reassigned),
+                format!("must be at most {k}"),
+                "",
+            );
+        }
+    };
+    let (mut train, mut eval) = (d.train.clone(), d.eval.clone());
+    train
+        .iter_mut()
+        .enumerate()
+        .for_each(|(i, c)| cell("train", i, c));
+    eval.iter_mut()
+        .enumerate()
+        .for_each(|(i, c)| cell("eval", i, c));
+    if eval.is_empty() {
+        eval.clone_from(&train);
+    }
+    (d.train, d.eval) = (train, eval);
+}
+
+/// A path, resolved against the folder of the file that says it.
+fn path(cx: &Cx<'_>, at: &At, name: &'static str, p: &std::path::Path) -> PathBuf {
+    let at = at.at(name);
+    if p.as_os_str().is_empty() {
+        if cx.root.find(&at.0).is_some() {
+            cx.error(
+                &at,
+                "data::empty_path",
+                format!("`{name}` is empty"),
+                "must name a file or a folder",
+                "",
+            );
+        } else if !cx.struck(&at) {
+            cx.error(
+                &at,
+                "ron::missing_field",
+                format!("`{name}` is missing"),
+                format!("needs `{name}`"),
+                format!("add `{name}: \"..\"`, or pass `--set data.{name}=FILE`"),
+            );
+        }
+        return PathBuf::new();
+    }
+    let dir = cx
+        .root
+        .find(&at.0)
+        .and_then(|n| n.span.source.dir.as_deref());
+    match dir {
+        Some(d) if p.is_relative() => tidy(&d.join(p)),
+        _ => p.to_path_buf(),
+    }
+}
+
+/// Takes `.` and `a/..` out of a path, textually.
+fn tidy(p: &std::path::Path) -> PathBuf {
+    use std::path::Component as C;
+    let mut out = PathBuf::new();
+    for c in p.components() {
+        match c {
+            C::CurDir => {}
+            C::ParentDir if matches!(out.components().next_back(), Some(C::Normal(_))) => {
+                out.pop();
+            }
+            c => out.push(c),
+        }
+    }
+    out
+}

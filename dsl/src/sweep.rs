@@ -1,0 +1,137 @@
+//! A checked sweep: its members, each a whole run, and how they are cut short or held comparable.
+
+use crate::check::Valid;
+use crate::run::{Goal, Run};
+use serde::{Deserialize, Serialize};
+
+/// Several runs that differ in named ways.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sweep {
+    /// Name of the sweep's folder.
+    pub name: String,
+    /// What is compared: a metric of evaluations, such as `"accuracy"`; default `"loss"`.
+    pub metric: String,
+    /// Which way is better.
+    pub goal: Goal,
+    /// Every member, in the order of the file: points outermost, then axes as listed, seeds innermost. Names are unique.
+    pub members: Vec<Member>,
+    /// Constraints that members are adjusted to before they run.
+    pub hold: Option<Hold>,
+    /// Successive halving.
+    pub halving: Option<Halving>,
+}
+
+/// One run of a sweep.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Member {
+    /// Unique in the sweep, usable as a folder name, such as `mamba2-lr=0.001-seed=1`.
+    pub name: String,
+    /// As `name` without the seed: members of one group are repetitions of one another.
+    pub group: String,
+    /// What was changed in the base run, as (path, value in RON).
+    pub set: Vec<(String, String)>,
+    /// The whole run.
+    pub run: Valid<Run>,
+}
+
+/// All members are brought to equal counts by turning knobs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hold {
+    /// What is held equal.
+    pub quantity: Quantity,
+    /// The value; default: that of the first member.
+    #[serde(default)]
+    pub target: Option<f64>,
+    /// What may be turned, in this order.
+    pub knobs: Vec<Knob>,
+    /// Accepted relative distance from the target. Default 0.02.
+    #[serde(default = "tolerance")]
+    pub tolerance: f64,
+}
+
+fn tolerance() -> f64 {
+    0.02
+}
+
+/// A quantity that can be held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Quantity {
+    /// All parameters.
+    #[serde(rename = "params_total")]
+    ParamsTotal,
+    /// Parameters that one token uses.
+    #[serde(rename = "params_active")]
+    ParamsActive,
+    /// Training FLOPs per token.
+    #[serde(rename = "flops_per_token")]
+    FlopsPerToken,
+    /// Recurrent state and KV cache of one sequence at the run's `seq_len`.
+    #[serde(rename = "state_bytes")]
+    StateBytes,
+    /// Bytes read to decode one token.
+    #[serde(rename = "decode_bytes")]
+    DecodeBytes,
+}
+
+/// A whole-number field that a solver may change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Knob {
+    /// Such as `model.ffns.mlp.d_ff`.
+    pub path: String,
+    /// Smallest value tried, 1 or more.
+    pub min: usize,
+    /// Largest value tried.
+    pub max: usize,
+    /// Values are multiples of this. Default 1.
+    #[serde(default = "one")]
+    pub multiple: usize,
+}
+
+fn one() -> usize {
+    1
+}
+
+/// Successive halving: after each rung only the best go on.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Halving {
+    /// Steps of the first rung.
+    pub first_steps: usize,
+    /// One in so many survives, and rungs grow by it. 2 or more. Default 2.
+    #[serde(default = "two")]
+    pub factor: usize,
+}
+
+fn two() -> usize {
+    2
+}
+
+/// What [`Hold`] needs to know of a model; filled in by a floor that can count.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Counts {
+    /// All parameters.
+    pub params_total: f64,
+    /// Parameters that one token uses.
+    pub params_active: f64,
+    /// Training FLOPs per token.
+    pub flops_per_token: f64,
+    /// State bytes of one sequence.
+    pub state_bytes: f64,
+    /// Bytes read to decode one token.
+    pub decode_bytes: f64,
+}
+
+impl Counts {
+    /// The one quantity.
+    pub fn get(&self, q: Quantity) -> f64 {
+        match q {
+            Quantity::ParamsTotal => self.params_total,
+            Quantity::ParamsActive => self.params_active,
+            Quantity::FlopsPerToken => self.flops_per_token,
+            Quantity::StateBytes => self.state_bytes,
+            Quantity::DecodeBytes => self.decode_bytes,
+        }
+    }
+}
