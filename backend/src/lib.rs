@@ -3,6 +3,8 @@
 //! An [`Engine`] owns the memory that outlives a run (parameters, gradients, moments, states), shared by all programs loaded into it
 //! under the names of the graph's externals; a program is a graph and its plan, bound to that memory.
 
+mod cpu;
+
 use marimba_ir::{Graph, Plan, Type};
 use std::collections::HashMap;
 
