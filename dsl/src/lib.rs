@@ -8,13 +8,16 @@ pub mod check;
 pub mod data;
 mod de;
 pub mod diag;
+mod expand;
 mod load;
 pub mod model;
 pub mod run;
 pub mod sweep;
 pub mod syntax;
 mod tree;
+pub mod write;
 
 pub use check::{Valid, unsupported};
 pub use diag::{Diagnostic, Fact, Report, Source};
+pub use expand::{Residual, load_sweep, parse_sweep};
 pub use load::{Set, load_model, load_run, parse_model, parse_run};

@@ -69,7 +69,7 @@ impl std::str::FromStr for Set {
 }
 
 /// A document with its files put in and its overrides applied.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Document {
     pub(crate) root: Node,
     kind: Shape,
@@ -80,6 +80,7 @@ pub(crate) struct Document {
 pub(crate) enum Shape {
     Model,
     Run,
+    Sweep,
 }
 
 impl Document {
@@ -95,14 +96,20 @@ impl Document {
         Ok(doc)
     }
 
+    /// A document whose files are put in already.
+    pub(crate) fn of(root: Node, kind: Shape) -> Document {
+        Document { root, kind }
+    }
+
     fn include(&mut self) -> Result<(), Report> {
-        match self.kind {
-            Shape::Model => Ok(()),
-            Shape::Run => match self.root.get_mut("model") {
-                Some(node) => include(node),
-                None => Ok(()),
-            },
-        }
+        let run = match self.kind {
+            Shape::Model => None,
+            Shape::Run => Some(&mut self.root),
+            Shape::Sweep => self.root.get_mut("base"),
+        };
+        let Some(run) = run else { return Ok(()) };
+        include(run)?;
+        run.get_mut("model").map_or(Ok(()), include)
     }
 
     /// Applies one override.
@@ -119,14 +126,14 @@ impl Document {
 
     pub(crate) fn set_node(&mut self, path: &str, key: &Span, value: Node) -> Result<(), Report> {
         self.root.set(path, key, value).map_err(Report::of)?;
-        if path == "model" {
+        if matches!(path, "model" | "base" | "base.model") {
             self.include()
         } else {
             Ok(())
         }
     }
 
-    fn sets(mut self, sets: &[Set]) -> Result<Document, Report> {
+    pub(crate) fn sets(mut self, sets: &[Set]) -> Result<Document, Report> {
         let mut all = Report::default();
         for s in sets {
             if let Err(mut r) = self.set(s) {
@@ -461,6 +468,22 @@ mod tests {
             assert!(r.has(code), "{bad}: {r}");
             assert!(r.to_string().contains("--set:1:"), "{r}");
         }
+    }
+
+    #[test]
+    fn written_models_and_runs_check_to_equal_ones() {
+        let m = model(JAMBA);
+        println!("{}", m.to_ron());
+        assert_eq!(model(&m.to_ron()), m);
+        let text = format!(
+            "(model: {JAMBA}, data: Mqar(vocab_size: 1000, n_pairs: 4), steps: 10, seq_len: 16, grad_clip: None)"
+        );
+        let run = parse_run(&Source::new("r.ron", text), &[]).unwrap_or_else(|r| panic!("{r}"));
+        println!("{}", run.to_ron());
+        assert_eq!(
+            parse_run(&Source::new("w.ron", run.to_ron()), &[]).unwrap_or_else(|r| panic!("{r}")),
+            run
+        );
     }
 
     #[test]

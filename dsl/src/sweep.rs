@@ -32,6 +32,8 @@ pub struct Member {
     pub set: Vec<(String, String)>,
     /// The whole run.
     pub run: Valid<Run>,
+    /// The document behind `run`, for knobs.
+    pub(crate) doc: crate::load::Document,
 }
 
 /// All members are brought to equal counts by turning knobs.

@@ -118,6 +118,14 @@ impl Node {
         }
     }
 
+    /// As RON text.
+    pub(crate) fn text(&self) -> String {
+        match &self.kind {
+            Kind::Number(n) => n.clone(),
+            _ => self.span.text().to_owned(),
+        }
+    }
+
     /// In words, for "found ...".
     pub(crate) fn describe(&self) -> String {
         match &self.kind {
@@ -171,7 +179,7 @@ impl Node {
         }
     }
 
-    fn key_text(&self) -> &str {
+    pub(crate) fn key_text(&self) -> &str {
         match &self.kind {
             Kind::Str(s) | Kind::Number(s) | Kind::Name(s) => s,
             _ => self.span.text(),

@@ -24,11 +24,24 @@ use std::ops::Deref;
 pub struct Valid<T>(T);
 
 impl<T> Valid<T> {
+    /// For sweeps, whose rules are the expansion itself.
+    pub(crate) fn of_sweep(sweep: T) -> Valid<T>
+    where
+        T: SweepOnly,
+    {
+        Valid(sweep)
+    }
+
     /// Gives the value up, and with it the proof.
     pub fn into_inner(self) -> T {
         self.0
     }
 }
+
+/// Keeps [`Valid::of_sweep`] from making anything else valid.
+pub(crate) trait SweepOnly {}
+
+impl SweepOnly for crate::sweep::Sweep {}
 
 /// The rules of a model file.
 pub(crate) fn check_model(

@@ -1745,6 +1745,12 @@ fn merge(base: &Node, patch: &Node) -> Node {
         Kind::Name(n) => Some(n.clone()),
         _ => None,
     };
+    match &patch.kind {
+        Kind::Tuple(Some(i), items) if i.text == "Replace" && items.len() == 1 => {
+            return items[0].clone();
+        }
+        _ => {}
+    }
     if name(patch).is_some() && name(patch) != name(base) {
         return patch.clone();
     }

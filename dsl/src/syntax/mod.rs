@@ -5,6 +5,7 @@
 
 pub mod model;
 pub mod run;
+pub mod sweep;
 
 use serde::de::value::{EnumAccessDeserializer, SeqAccessDeserializer};
 use serde::de::{self, Deserializer, EnumAccess, MapAccess, SeqAccess, Visitor};
@@ -124,7 +125,10 @@ impl<T> Default for Raw<T> {
 
 impl<T: Serialize> Serialize for Raw<T> {
     fn serialize<S: Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
-        self.0.serialize(s)
+        match &self.0 {
+            Some(v) => s.serialize_newtype_variant("Patch", 0, "Replace", v),
+            None => s.serialize_none(),
+        }
     }
 }
 

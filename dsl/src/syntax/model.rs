@@ -133,7 +133,8 @@ fn one() -> usize {
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Patch {
-    /// Fields that replace those of the layer's mixer, such as `(window: 128)`; `Attention(..)` replaces a mixer of another kind.
+    /// Fields that replace those of the layer's mixer, such as `(window: 128)`; `Attention(..)` replaces a mixer of another kind,
+    /// `Replace(Attention(..))` also one of the same kind, inheriting nothing.
     #[serde(skip_serializing_if = "no_raw")]
     pub mixer: Raw<Mixer>,
     /// Fields that replace those of the layer's ffn.
