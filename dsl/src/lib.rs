@@ -4,6 +4,8 @@
 //! [`Report`] of all violations, each with file, line and column. [`syntax`] documents what may be written, [`model`], [`run`],
 //! [`data`] and [`sweep`] what comes out. Nothing here knows tensors, devices or the contents of data files.
 
+#[cfg(any(test, feature = "arbitrary"))]
+pub mod arbitrary;
 pub mod check;
 pub mod data;
 mod de;
