@@ -15,8 +15,10 @@
 pub mod error;
 pub mod mmap;
 pub mod order;
+pub mod pipeline;
 pub mod rng;
 pub mod rows;
+pub mod source;
 pub mod tasks;
 pub mod text;
 
@@ -170,7 +172,7 @@ impl LoaderState {
             }
             for lane in &part.lanes {
                 let held = lanes.entry(lane.lane).or_insert_with(|| lane.clone());
-                if lane.rows > held.rows {
+                if lane.window.rows > held.window.rows {
                     *held = lane.clone();
                 }
             }
@@ -209,14 +211,8 @@ impl LoaderState {
 pub struct LaneState {
     /// Which lane.
     pub lane: u32,
-    /// Rows that the lane has given, counted to the start of its current shuffle block.
-    pub rows: u64,
-    /// Per dataset: documents drawn, and tokens drawn since the current phase of the mixture began.
-    pub drawn: Vec<[u64; 2]>,
-    /// Phase of the mixture in which the token counts started.
-    pub phase: u32,
-    /// The document that the last row cut: dataset, and tokens of it already used.
-    pub open: Option<(u32, u64)>,
+    /// Where its last stage stands.
+    pub window: pipeline::window::WindowState,
 }
 
 /// What a score of an evaluation set means.
