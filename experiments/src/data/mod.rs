@@ -14,6 +14,7 @@
 
 pub mod error;
 pub mod mmap;
+pub mod open;
 pub mod order;
 pub mod pipeline;
 pub mod rng;
@@ -23,6 +24,7 @@ pub mod tasks;
 pub mod text;
 
 pub use error::DataError;
+pub use open::open;
 
 use serde::{Deserialize, Serialize};
 

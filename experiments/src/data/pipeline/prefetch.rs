@@ -217,11 +217,12 @@ mod tests {
     use super::*;
     use crate::data::Worker;
     use crate::data::rows::RowLoader;
-    use crate::data::tasks::mqar::{Mqar, MqarSpec};
+    use crate::data::tasks::Task;
+    use marimba_dsl::data::Data;
 
     fn plain() -> Box<dyn Loader> {
         Box::new(RowLoader::new(
-            Mqar::new(MqarSpec::default()).expect("valid"),
+            Task::from_data(&Data::Mqar(Default::default()), 64, 0).expect("valid"),
             Worker::ALL,
         ))
     }

@@ -17,9 +17,9 @@
 //! Differences from the reference: filler tokens never equal a key of the example unless `compat` is set (there, a filler key is a
 //! question without a target); several passes over the pairs are not offered (they fail there).
 
-use super::{example, fingerprint};
+use super::{Draw, refuse};
 use crate::data::rng::{Rng, Urn};
-use crate::data::rows::{Rows, Split};
+use crate::data::rows::Split;
 use crate::data::{DataError, EvalSet, Metric, RowMut};
 
 /// One size of the task.
@@ -29,7 +29,7 @@ pub struct MqarCell {
     pub seq_len: usize,
     /// K.
     pub n_pairs: usize,
-    /// Share among the training cells, relative; rows of an evaluation set.
+    /// Share among the training cells, relative. Nothing in evaluation.
     pub weight: f64,
 }
 
@@ -42,7 +42,7 @@ pub struct MqarSpec {
     pub seq_len: usize,
     /// Training mix: each row draws its cell by weight.
     pub train: Vec<MqarCell>,
-    /// Evaluation sets; `weight` is the number of rows.
+    /// Evaluation sets.
     pub eval: Vec<MqarCell>,
     /// a of the gap weights `x^(a - 1)`, x = 1, 2, ...; small values ask soon after the pairs. The reference's value is 0.01.
     pub power_a: f64,
@@ -54,29 +54,42 @@ pub struct MqarSpec {
     pub composite_keys: bool,
     /// Reproduce the reference where it differs.
     pub compat: bool,
-    /// Decides the examples.
-    pub seed: u64,
 }
 
-impl Default for MqarSpec {
-    /// The 64-token cell of Zoology's sweep.
-    fn default() -> Self {
-        let cell = |weight| MqarCell {
-            seq_len: 64,
-            n_pairs: 4,
-            weight,
+impl MqarSpec {
+    /// The parameters of a checked run; `seq_len` stands in where the data leaves it open.
+    pub fn from_data(d: &marimba_dsl::data::Mqar, seq_len: usize) -> Self {
+        let seq_len = d.seq_len.unwrap_or(seq_len);
+        let cell = |c: &marimba_dsl::data::MqarCell| MqarCell {
+            seq_len: c.seq_len.unwrap_or(seq_len),
+            n_pairs: c.n_pairs,
+            weight: c.weight,
+        };
+        let only = || MqarCell {
+            seq_len,
+            n_pairs: d.n_pairs.unwrap_or(4),
+            weight: 1.0,
+        };
+        let train: Vec<MqarCell> = if d.train.is_empty() {
+            vec![only()]
+        } else {
+            d.train.iter().map(cell).collect()
+        };
+        let eval = if d.eval.is_empty() {
+            train.clone()
+        } else {
+            d.eval.iter().map(cell).collect()
         };
         Self {
-            vocab_size: 8192,
-            seq_len: 64,
-            train: vec![cell(1.0)],
-            eval: vec![cell(1000.0)],
-            power_a: 0.01,
-            random_non_queries: true,
-            n_reassigned: 0,
-            composite_keys: false,
-            compat: false,
-            seed: 0,
+            vocab_size: d.vocab_size,
+            seq_len,
+            train,
+            eval,
+            power_a: d.power,
+            random_non_queries: d.random_non_queries,
+            n_reassigned: d.n_reassigned,
+            composite_keys: d.composite_keys,
+            compat: d.compat,
         }
     }
 }
@@ -101,7 +114,7 @@ impl Mqar {
     /// # Errors
     /// [`DataError::Parameter`], one for the first parameter out of range.
     pub fn new(spec: MqarSpec) -> Result<Self, DataError> {
-        let bad = |text: String| Err(DataError::Parameter(text));
+        let bad = refuse;
         if spec.train.is_empty() {
             return bad(
                 "mqar has no training cell; expected at least one (seq_len, n_pairs)".into(),
@@ -289,21 +302,12 @@ impl MqarSpec {
     }
 }
 
-impl Rows for Mqar {
+impl Draw for Mqar {
     fn vocab_size(&self) -> usize {
         self.spec.vocab_size
     }
 
-    fn seq_len(&self) -> usize {
-        self.spec.seq_len
-    }
-
-    fn fingerprint(&self) -> String {
-        fingerprint(&self.spec)
-    }
-
-    fn fill(&self, split: Split, row: u64, mut out: RowMut<'_>) -> Result<(), DataError> {
-        let mut rng = example(1, self.spec.seed, split, row);
+    fn draw(&self, rng: &mut Rng, split: Split, out: &mut RowMut<'_>) {
         let ready = match split {
             Split::Train => {
                 let u = rng.unit();
@@ -312,56 +316,73 @@ impl Rows for Mqar {
                     .partition_point(|&end| end <= u)
                     .min(self.train.len() - 1)]
             }
-            Split::Eval(set) => self.eval.get(set).ok_or(DataError::NoSuchEvalSet {
-                set,
-                have: self.eval.len(),
-            })?,
+            Split::Eval(set) => &self.eval[set.min(self.eval.len() - 1)],
         };
-        self.example(ready, &mut rng, &mut out);
-        Ok(())
+        self.example(ready, rng, out);
     }
 
-    fn eval_sets(&self) -> Vec<EvalSet> {
+    fn eval_sets(&self, name: &str, _seq_len: usize, n_eval: u64) -> Vec<EvalSet> {
         let set = |r: &Ready| EvalSet {
-            name: format!("mqar/T{}/K{}", r.cell.seq_len, r.cell.n_pairs),
-            rows: r.cell.weight as u64,
+            name: format!("{name}/T{}/K{}", r.cell.seq_len, r.cell.n_pairs),
+            rows: n_eval,
             seq_len: r.cell.seq_len,
             metric: Metric::Accuracy,
         };
         self.eval.iter().map(set).collect()
     }
-
-    fn name(&self) -> String {
-        "mqar".into()
-    }
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::testing::{golden, score};
+    use super::super::Task;
+    use super::super::testing::{golden, score_on};
     use super::*;
+    use crate::data::rows::Rows;
     use crate::data::{Batch, IGNORED};
 
-    fn task(change: impl FnOnce(&mut MqarSpec)) -> Mqar {
-        let mut spec = MqarSpec {
+    fn spec() -> MqarSpec {
+        let cells = [4, 8, 16].map(|n_pairs| MqarCell {
+            seq_len: 96,
+            n_pairs,
+            weight: 1.0,
+        });
+        MqarSpec {
             vocab_size: 64,
             seq_len: 96,
-            ..MqarSpec::default()
-        };
-        spec.train = [4, 8, 16]
-            .map(|n_pairs| MqarCell {
-                seq_len: 96,
-                n_pairs,
-                weight: 1.0,
-            })
-            .to_vec();
-        spec.eval = spec
-            .train
-            .iter()
-            .map(|c| MqarCell { weight: 10.0, ..*c })
-            .collect();
+            ..MqarSpec::from_data(
+                &marimba_dsl::data::Mqar {
+                    ..Default::default()
+                },
+                96,
+            )
+        }
+        .with_cells(cells.to_vec())
+    }
+
+    impl MqarSpec {
+        fn with_cells(self, cells: Vec<MqarCell>) -> Self {
+            Self {
+                train: cells.clone(),
+                eval: cells,
+                ..self
+            }
+        }
+    }
+
+    fn task(change: impl FnOnce(&mut MqarSpec)) -> Task {
+        let mut spec = spec();
         change(&mut spec);
-        Mqar::new(spec).expect("valid")
+        let (parameters, seq_len) = (format!("{spec:?}"), spec.seq_len);
+        Task::new(
+            Box::new(Mqar::new(spec).expect("valid")),
+            "mqar",
+            seq_len,
+            None,
+            10,
+            0,
+            &parameters,
+        )
+        .expect("valid")
     }
 
     /// The value after the last earlier occurrence of the key, from tokens alone.
@@ -377,14 +398,19 @@ mod tests {
     fn a_perfect_retriever_scores_1_and_a_random_one_chance() {
         for random_non_queries in [false, true] {
             let t = task(|s| s.random_non_queries = random_non_queries);
-            assert_eq!(score(&t, |tokens, at| retrieve(tokens, at, 1)), 1.0);
+            assert_eq!(
+                score_on(&t, Split::Train, |tokens, at| retrieve(tokens, at, 1)),
+                1.0
+            );
             let mut rng = Rng::new(&[3]);
-            let chance = score(&t, |_, _| 32 + rng.below(32) as i32);
+            let chance = score_on(&t, Split::Train, |_, _| 32 + rng.below(32) as i32);
             assert!((chance - 1.0 / 32.0).abs() < 0.03, "{chance}");
         }
         let forgetting = task(|s| s.n_reassigned = 3);
         assert_eq!(
-            score(&forgetting, |tokens, at| retrieve(tokens, at, 1)),
+            score_on(&forgetting, Split::Train, |tokens, at| retrieve(
+                tokens, at, 1
+            )),
             1.0
         );
         let first = |tokens: &[i32], at: usize| {
@@ -395,13 +421,20 @@ mod tests {
             tokens[i + 1]
         };
         assert!(
-            score(&forgetting, first) < 0.9,
+            score_on(&forgetting, Split::Train, first) < 0.9,
             "the first value must not do"
         );
         let composite = task(|s| s.composite_keys = true);
-        assert_eq!(score(&composite, |tokens, at| retrieve(tokens, at, 2)), 1.0);
+        assert_eq!(
+            score_on(&composite, Split::Train, |tokens, at| retrieve(
+                tokens, at, 2
+            )),
+            1.0
+        );
         assert!(
-            score(&composite, |tokens, at| retrieve(tokens, at, 1)) < 0.9,
+            score_on(&composite, Split::Train, |tokens, at| retrieve(
+                tokens, at, 1
+            )) < 0.9,
             "half a key must not do"
         );
     }
@@ -477,21 +510,21 @@ mod tests {
         ];
         assert_eq!(
             got,
-            ["d19265fcfb79bb9b", "01f447e9e11d1c5f", "c995f82e4272f553"]
+            ["19349017e28fb62e", "057a5ed472d54b90", "3fcf1dc6ef8e0989"]
         );
     }
 
     #[test]
     fn impossible_sizes_are_refused() {
         let refused = |change: fn(&mut MqarSpec)| {
-            let mut spec = MqarSpec::default();
+            let mut spec = spec();
             change(&mut spec);
             Mqar::new(spec)
                 .map(|_| ())
                 .expect_err("refused")
                 .to_string()
         };
-        assert!(refused(|s| s.train[0].n_pairs = 17).contains("expected seq_len 68"));
+        assert!(refused(|s| s.train[0].n_pairs = 25).contains("expected seq_len 100"));
         assert!(refused(|s| s.vocab_size = 4).contains("too few"));
         assert!(refused(|s| s.train.clear()).contains("no training cell"));
         assert!(refused(|s| s.train[0].weight = f64::NAN).contains("NaN"));
