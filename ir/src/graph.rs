@@ -107,6 +107,8 @@ pub struct Value {
 pub enum Phase {
     /// Written by a lowering.
     Forward,
+    /// Forward nodes computed a second time, shortly before backward reads them, so that they need not be kept.
+    Recompute,
     /// Written by autodiff.
     Backward,
     /// Optimiser.
@@ -193,7 +195,8 @@ pub struct Graph {
     pub outputs: Vec<(String, ValueId)>,
     /// Parameters in the order of first use.
     pub params: Vec<Param>,
-    /// Named activations that probes may look at, such as `layers[3].mixer.out`.
+    /// Values worth watching, by name (`layers[3].mixer.out`). They are no outputs: a tap does not keep its value alive, and passes
+    /// drop the taps of values they dissolve. [`crate::pass::probe`] and [`crate::pass::add_activation_loss`] read them.
     pub taps: Vec<(String, ValueId)>,
 }
 
@@ -368,9 +371,54 @@ impl Graph {
         uses
     }
 
+    /// For each value, the value whose memory it uses and its offset in bytes there: [`Graph::root`] and [`Graph::root_offset`] of
+    /// all values in one walk.
+    pub fn roots(&self) -> Vec<(ValueId, usize)> {
+        let mut roots: Vec<(ValueId, usize)> = self.value_ids().map(|v| (v, 0)).collect();
+        for node in &self.nodes {
+            for (result, &r) in node.results.iter().enumerate() {
+                let Some(alias) = node.op.alias(result) else {
+                    continue;
+                };
+                let Some(arg) = node.args.get(alias.arg()).copied().flatten() else {
+                    continue;
+                };
+                let (root, mut offset) = roots[arg.index()];
+                if let Alias::View { first_row, .. } = alias {
+                    offset += first_row * (self.ty(arg).bytes() / self.ty(arg).size(0).max(1));
+                }
+                roots[r.index()] = (root, offset);
+            }
+        }
+        roots
+    }
+
+    /// Appends a value that node-to-be number `result` of some list given to [`Graph::rebuild`] will define.
+    pub(crate) fn add_result(&mut self, ty: Type, result: usize) -> ValueId {
+        let id = ValueId(self.values.len() as u32);
+        self.values.push(Value {
+            ty,
+            def: Def::Node {
+                node: NodeId(u32::MAX),
+                result,
+            },
+            name: String::new(),
+        });
+        id
+    }
+
     /// Rebuilds the graph from nodes in `order`, dropping values nobody defines any more. Used by passes that move or drop nodes.
     /// `replace` maps old values to the old values that take their place.
     pub fn rebuild(&self, nodes: &[Node], replace: &HashMap<ValueId, ValueId>) -> Graph {
+        self.rebuild_map(nodes, replace).0
+    }
+
+    /// As [`Graph::rebuild`]; also returns the new value of each old one, where it has one.
+    pub(crate) fn rebuild_map(
+        &self,
+        nodes: &[Node],
+        replace: &HashMap<ValueId, ValueId>,
+    ) -> (Graph, Vec<Option<ValueId>>) {
         let resolve = |mut v: ValueId| {
             while let Some(&r) = replace.get(&v) {
                 v = r;
@@ -381,20 +429,20 @@ impl Graph {
             params: self.params.clone(),
             ..Graph::default()
         };
-        let mut map: HashMap<ValueId, ValueId> = HashMap::new();
+        let mut map: Vec<Option<ValueId>> = vec![None; self.values.len()];
         for v in self.value_ids() {
             if let Def::External(_) = self.value(v).def {
-                let id = ValueId(g.values.len() as u32);
+                map[v.index()] = Some(ValueId(g.values.len() as u32));
                 g.values.push(self.value(v).clone());
-                map.insert(v, id);
             }
         }
         for node in nodes {
             let id = NodeId(g.nodes.len() as u32);
+            // An argument that nothing defines leaves the range of ids, so that `verify` names it.
             let args = node
                 .args
                 .iter()
-                .map(|a| a.map(|v| map[&resolve(v)]))
+                .map(|a| a.map(|v| map[resolve(v).index()].unwrap_or(ValueId(u32::MAX))))
                 .collect();
             let results = node
                 .results
@@ -407,7 +455,7 @@ impl Graph {
                         def: Def::Node { node: id, result },
                         name: String::new(),
                     });
-                    map.insert(v, nv);
+                    map[v.index()] = Some(nv);
                     nv
                 })
                 .collect();
@@ -420,9 +468,17 @@ impl Graph {
         g.outputs = self
             .outputs
             .iter()
-            .map(|(n, v)| (n.clone(), map[&resolve(*v)]))
+            .map(|(n, v)| {
+                let v = map[resolve(*v).index()].unwrap_or(ValueId(u32::MAX));
+                (n.clone(), v)
+            })
             .collect();
-        g
+        g.taps = self
+            .taps
+            .iter()
+            .filter_map(|(n, v)| Some((n.clone(), map[resolve(*v).index()]?)))
+            .collect();
+        (g, map)
     }
 }
 

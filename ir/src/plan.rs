@@ -6,7 +6,7 @@ use crate::{Def, Graph, ValueId};
 use std::collections::HashMap;
 
 /// Alignment of every offset, in bytes: a cache line, an AVX-512 register, a GPU memory segment.
-const ALIGN: usize = 256;
+pub const ALIGN: usize = 256;
 
 /// Where the bytes of a value are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

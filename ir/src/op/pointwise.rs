@@ -250,6 +250,62 @@ impl Pointwise {
         (p, kept)
     }
 
+    /// As [`Pointwise::prune`] for arguments of these types: of the arguments that give the results their type `result`, keeps one
+    /// that is read where there is one, and puts it first.
+    pub(crate) fn prune_typed(&self, types: &[&Type], result: &Type) -> (Pointwise, Vec<usize>) {
+        let gives = |i: usize| types[i].dtype == result.dtype && types[i].same_shape(result);
+        let candidates: Vec<usize> = (0..self.n_args).filter(|&i| gives(i)).collect();
+        let all = self.prune(candidates.first().copied().unwrap_or(0));
+        let best = candidates
+            .iter()
+            .map(|&c| self.prune(c))
+            .find(|(_, kept)| kept.len() < all.1.len());
+        let (program, kept) = best.unwrap_or(all);
+        let Some(first) = kept.iter().position(|&i| gives(i)) else {
+            return (program, kept);
+        };
+        let mut order: Vec<usize> = (0..kept.len()).collect();
+        order[..=first].rotate_right(1);
+        (
+            program.permute(&order),
+            order.iter().map(|&i| kept[i]).collect(),
+        )
+    }
+
+    /// The same program with argument `order[i]` in place i.
+    fn permute(&self, order: &[usize]) -> Pointwise {
+        let mut map: Vec<u16> = (0..self.code.len() as u16).collect();
+        for (new, &old) in order.iter().enumerate() {
+            map[old] = new as u16;
+        }
+        let mut p = Pointwise::new(self.n_args);
+        for instr in &self.code[self.n_args..] {
+            p.code.push(match *instr {
+                Instr::Arg(a) => Instr::Arg(a),
+                Instr::Const(c) => Instr::Const(c),
+                Instr::Un(f, x) => Instr::Un(f, map[x as usize]),
+                Instr::Bin(f, x, y) => Instr::Bin(f, map[x as usize], map[y as usize]),
+            });
+        }
+        p.outs = self.outs.iter().map(|&o| map[o as usize]).collect();
+        p
+    }
+
+    /// Appends the instructions of `other`, whose arguments are in the registers `args` of `self`; returns the registers of its
+    /// results. The operations and their order within `other` stay, so the numbers do.
+    pub(crate) fn append(&mut self, other: &Pointwise, args: &[u16]) -> Vec<u16> {
+        let mut map: Vec<u16> = args.to_vec();
+        for instr in &other.code[other.n_args..] {
+            map.push(match *instr {
+                Instr::Arg(a) => map[a as usize],
+                Instr::Const(c) => self.konst(c),
+                Instr::Un(f, x) => self.un(f, map[x as usize]),
+                Instr::Bin(f, x, y) => self.bin(f, map[x as usize], map[y as usize]),
+            });
+        }
+        other.outs.iter().map(|&o| map[o as usize]).collect()
+    }
+
     /// The derivative program: arguments are those of `self`, then one gradient per result; results are the gradients of the
     /// arguments in `wanted`.
     pub fn derivative(&self, wanted: &[usize]) -> Pointwise {
@@ -384,26 +440,48 @@ impl OpDef for Pointwise {
     fn arg_names(&self) -> &'static [&'static str] {
         &["x"]
     }
-    /// An expression per result, such as `silu(x0) * x1`.
+    /// An expression per result, such as `silu(x0)*x1`; what is computed once and read several times gets a name first
+    /// (`t3 = sigmoid(x0); ...`).
     fn attrs(&self) -> String {
-        fn text(p: &Pointwise, r: u16) -> String {
-            match p.code[r as usize] {
-                Instr::Arg(i) => format!("x{i}"),
-                Instr::Const(c) => format!("{c}"),
-                Instr::Un(Un::Neg, x) => format!("-{}", text(p, x)),
-                Instr::Un(Un::Scale(c), x) => format!("{c}*{}", text(p, x)),
-                Instr::Un(Un::Offset(c), x) => format!("({} + {c})", text(p, x)),
-                Instr::Un(f, x) => format!("{}({})", format!("{f:?}").to_lowercase(), text(p, x)),
-                Instr::Bin(Bin::Add, x, y) => format!("({} + {})", text(p, x), text(p, y)),
-                Instr::Bin(Bin::Sub, x, y) => format!("({} - {})", text(p, x), text(p, y)),
-                Instr::Bin(Bin::Mul, x, y) => format!("{}*{}", text(p, x), text(p, y)),
+        let mut reads = vec![0usize; self.code.len()];
+        for instr in &self.code {
+            match *instr {
+                Instr::Arg(_) | Instr::Const(_) => {}
+                Instr::Un(_, x) => reads[x as usize] += 1,
+                Instr::Bin(_, x, y) => {
+                    reads[x as usize] += 1;
+                    reads[y as usize] += 1;
+                }
             }
         }
-        self.outs
-            .iter()
-            .map(|&o| text(self, o))
-            .collect::<Vec<_>>()
-            .join("; ")
+        for &o in &self.outs {
+            reads[o as usize] += 1;
+        }
+        let mut parts = Vec::new();
+        let mut texts: Vec<String> = Vec::with_capacity(self.code.len());
+        for (r, instr) in self.code.iter().enumerate() {
+            let of = |x: u16| &texts[x as usize];
+            let text = match *instr {
+                Instr::Arg(i) => format!("x{i}"),
+                Instr::Const(c) => format!("{c}"),
+                Instr::Un(Un::Neg, x) => format!("-{}", of(x)),
+                Instr::Un(Un::Scale(c), x) => format!("{c}*{}", of(x)),
+                Instr::Un(Un::Offset(c), x) => format!("({} + {c})", of(x)),
+                Instr::Un(f, x) => format!("{}({})", format!("{f:?}").to_lowercase(), of(x)),
+                Instr::Bin(Bin::Add, x, y) => format!("({} + {})", of(x), of(y)),
+                Instr::Bin(Bin::Sub, x, y) => format!("({} - {})", of(x), of(y)),
+                Instr::Bin(Bin::Mul, x, y) => format!("{}*{}", of(x), of(y)),
+            };
+            let leaf = matches!(instr, Instr::Arg(_) | Instr::Const(_));
+            texts.push(if !leaf && reads[r] > 1 {
+                parts.push(format!("t{r} = {text}"));
+                format!("t{r}")
+            } else {
+                text
+            });
+        }
+        parts.extend(self.outs.iter().map(|&o| texts[o as usize].clone()));
+        parts.join("; ")
     }
 }
 
