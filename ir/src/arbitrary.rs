@@ -5,13 +5,14 @@
 //! deterministic backend that computes elementwise programs in one precision.
 
 use crate::op::{
-    Accumulate, Attention, Balance, Bin, Broadcast, CausalConv1d, Combine, Dispatch, Embed, EmbedBwd,
-    GatherRows, GroupedLinear, GroupedLinearDw, Instr, Linear, LinearCrossEntropy, Gate, Normalize, Score,
-    LinearCrossEntropyBwd, LinearDw, Op, Pointwise, Reshape, RmsNorm, Rope, Route, Rows, Ssd, Un,
+    Accumulate, Attention, Balance, Bin, Broadcast, CausalConv1d, Combine, Dispatch, Embed,
+    EmbedBwd, Gate, GatherRows, GroupedLinear, GroupedLinearDw, Instr, Linear, LinearCrossEntropy,
+    LinearCrossEntropyBwd, LinearDw, Normalize, Op, Pointwise, Reshape, RmsNorm, Rope, Route, Rows,
+    Score, Ssd, Un,
 };
 use crate::{
-    DType, Def, External, Graph, Memory, Param, ParamInit, Phase, Place, Plan,
-    Type, TypeError, ValueId, differentiate, dims,
+    DType, Def, External, Graph, Memory, Param, ParamInit, Phase, Place, Plan, Type, TypeError,
+    ValueId, differentiate, dims,
 };
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -151,15 +152,12 @@ pub fn forward(s: &Sample) -> Result<(Graph, ValueId), TypeError> {
         dtype: s.dtype,
         aux: Vec::new(),
     };
-    let tokens = cx
-        .g
-        .add_external(External::Input, "tokens", Type::i32(dims![B b, T t]));
-    let targets = cx
-        .g
-        .add_external(External::Input, "targets", Type::i32(dims![B b, T t]));
-    let scale = cx
-        .g
-        .add_external(External::Input, "loss_scale", Type::scalar());
+    let tokens =
+        cx.g.add_external(External::Input, "tokens", Type::i32(dims![B b, T t]));
+    let targets =
+        cx.g.add_external(External::Input, "targets", Type::i32(dims![B b, T t]));
+    let scale =
+        cx.g.add_external(External::Input, "loss_scale", Type::scalar());
     let table = cx.param("embedding", dims![V v, D d], true);
     let mut x = cx.one(Embed, vec![Some(tokens), Some(table)])?;
     for (i, kind) in s.layers.iter().enumerate() {
@@ -504,7 +502,7 @@ pub fn check_plan(g: &Graph, plan: &Plan) -> Result<(), String> {
                 }
                 continue;
             }
-            if node.op.alias(k).is_some() {
+            if node.alias(k).is_some() {
                 continue;
             }
             let end = offset + g.ty(r).bytes();
@@ -513,7 +511,9 @@ pub fn check_plan(g: &Graph, plan: &Plan) -> Result<(), String> {
             }
             for (other, (from, to, whole)) in held.iter_mut() {
                 if offset < *to && *from < end {
-                    if fresh.contains(other) || node.present_args().any(|a| roots[a.index()].0 == *other) {
+                    if fresh.contains(other)
+                        || node.present_args().any(|a| roots[a.index()].0 == *other)
+                    {
                         return Err(format!("{r} overlaps {other} of its own node {i}"));
                     }
                     *whole = false;

@@ -137,6 +137,12 @@ impl Node {
     pub fn present_args(&self) -> impl Iterator<Item = ValueId> + '_ {
         self.args.iter().flatten().copied()
     }
+
+    /// How result `result` uses the memory of an argument, when that argument is present.
+    pub fn alias(&self, result: usize) -> Option<Alias> {
+        let alias = self.op.alias(result)?;
+        self.args.get(alias.arg())?.map(|_| alias)
+    }
 }
 
 /// How a parameter starts.
@@ -377,10 +383,10 @@ impl Graph {
         let mut roots: Vec<(ValueId, usize)> = self.value_ids().map(|v| (v, 0)).collect();
         for node in &self.nodes {
             for (result, &r) in node.results.iter().enumerate() {
-                let Some(alias) = node.op.alias(result) else {
+                let Some(alias) = node.alias(result) else {
                     continue;
                 };
-                let Some(arg) = node.args.get(alias.arg()).copied().flatten() else {
+                let Some(arg) = node.args[alias.arg()] else {
                     continue;
                 };
                 let (root, mut offset) = roots[arg.index()];

@@ -97,7 +97,10 @@ const AROUND: usize = 4;
 
 fn at_node(g: &Graph, n: usize, fault: Fault) -> VerifyError {
     let node = &g.nodes[n];
-    let (first, last) = (n.saturating_sub(AROUND), (n + AROUND).min(g.nodes.len() - 1));
+    let (first, last) = (
+        n.saturating_sub(AROUND),
+        (n + AROUND).min(g.nodes.len() - 1),
+    );
     let mut around = String::new();
     for i in first..=last {
         let mark = if i == n { '>' } else { ' ' };
@@ -243,9 +246,11 @@ pub fn verify(g: &Graph) -> Result<(), VerifyError> {
             let r = root[arg.index()];
             root[i] = r;
             if let Alias::InPlace { arg: slot } = alias {
-                let twice = node.args.iter().enumerate().any(|(k, a)| {
-                    k != slot && a.is_some_and(|a| root[a.index()] == r)
-                });
+                let twice = node
+                    .args
+                    .iter()
+                    .enumerate()
+                    .any(|(k, a)| k != slot && a.is_some_and(|a| root[a.index()] == r));
                 if twice {
                     return fail(Fault::OverwrittenWhileRead { value: arg });
                 }

@@ -19,7 +19,7 @@ pub fn dce(g: &Graph, _: &Config) -> Result<Graph, PassError> {
     let mut kept: Vec<Node> = Vec::with_capacity(g.nodes.len());
     for node in g.nodes.iter().rev() {
         let writes_external = node.results.iter().enumerate().any(|(i, r)| {
-            matches!(node.op.alias(i), Some(Alias::InPlace { .. }))
+            matches!(node.alias(i), Some(Alias::InPlace { .. }))
                 && g.external(roots[r.index()].0).is_some()
         });
         if !writes_external && !node.results.iter().any(|r| live[r.index()]) {

@@ -76,7 +76,7 @@ fn known_before(g: &Graph, at: &[Option<u32>], v: ValueId, f: usize) -> Option<V
         }
         let node = &g.nodes[n];
         let small = node.results.iter().all(|r| g.ty(*r).len() <= SMALL);
-        if n == f || !small || (0..node.results.len()).any(|r| node.op.alias(r).is_some()) {
+        if n == f || !small || (0..node.results.len()).any(|r| node.alias(r).is_some()) {
             return None;
         }
         found.push(n);

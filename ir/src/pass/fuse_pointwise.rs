@@ -58,7 +58,7 @@ impl<'g> Sweep<'g> {
         let mut last = vec![0; g.values.len()];
         for (i, node) in nodes.iter().enumerate() {
             for (k, r) in node.results.iter().enumerate() {
-                if let Some(alias) = node.op.alias(k)
+                if let Some(alias) = node.alias(k)
                     && let Some(arg) = node.args.get(alias.arg()).copied().flatten()
                 {
                     let root = roots[arg.index()];

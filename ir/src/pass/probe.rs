@@ -120,7 +120,7 @@ mod tests {
         assert!(!matches("a", "ba"));
         assert!(matches("layers[*].out", "layers[12].out"));
         assert!(!matches("layers[*].out", "layers[12].mixer"));
-        assert!(matches("layers[*].out", "layers[1].out.out"));
+        assert!(!matches("layers[*].out", "layers[1].out.out"));
         assert!(matches("*.out", "layers[1].mixer.out"));
         assert!(!matches("a*a", "a"));
         assert!(matches("a*b*c", "axxbyyc"));

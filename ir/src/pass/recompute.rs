@@ -5,8 +5,8 @@
 //! computed by the same ops from the same arguments, so results are equal bit for bit on deterministic backends.
 
 use super::{Config, PassError, Uses, definers};
-use crate::op::{Alias, Op};
 use crate::cost::node_flops;
+use crate::op::{Alias, Op};
 use crate::{Graph, Node, Phase, ValueId, plan};
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 
@@ -89,8 +89,8 @@ struct Block {
 
 /// Whether a node may run twice: it writes nothing, and it takes no decision.
 fn may_repeat(node: &Node) -> bool {
-    let writes = (0..node.results.len())
-        .any(|i| matches!(node.op.alias(i), Some(Alias::InPlace { .. })));
+    let writes =
+        (0..node.results.len()).any(|i| matches!(node.alias(i), Some(Alias::InPlace { .. })));
     let decides = matches!(node.op, Op::Route(_) | Op::Dispatch(_) | Op::Stat(_));
     node.phase == Phase::Forward && node.block.is_some() && !writes && !decides
 }
@@ -139,7 +139,7 @@ fn repeatable(g: &Graph) -> Vec<Block> {
                     stack.extend(args.filter_map(|a| again(a, Some(block))));
                 }
             }
-            let is_view = |n: usize, i| g.nodes[n].op.alias(i).is_some();
+            let is_view = |n: usize, i| g.nodes[n].alias(i).is_some();
             let saved = first.iter().flat_map(|&n| {
                 let results = g.nodes[n].results.iter().enumerate();
                 results

@@ -32,6 +32,8 @@ fn count(g: &Graph, name: &str) -> usize {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
+
     #[test]
     fn every_pass_keeps_meaning(s in sample(), block in any::<bool>()) {
         let g = training(&s).unwrap();
@@ -68,7 +70,11 @@ proptest! {
 
 #[test]
 fn bf16_graphs_pass() {
-    let g = training(&Sample { dtype: DType::Bf16, ..all_kinds() }).unwrap();
+    let g = training(&Sample {
+        dtype: DType::Bf16,
+        ..all_kinds()
+    })
+    .unwrap();
     let out = run_passes(&g, &Config::default()).unwrap();
     assert_eq!(meaning(&out), meaning(&g));
 }
@@ -96,11 +102,21 @@ fn loss_is_fused_and_gradients_are_folded() {
 
 #[test]
 fn chains_fuse() {
-    let at = Place { path: "x".into(), block: None, phase: Phase::Forward };
+    let at = Place {
+        path: "x".into(),
+        block: None,
+        phase: Phase::Forward,
+    };
     let mut g = Graph::new();
-    let x = g.add_external(crate::External::Input, "x", Type::f32(crate::dims![B 4, D 8]));
+    let x = g.add_external(
+        crate::External::Input,
+        "x",
+        Type::f32(crate::dims![B 4, D 8]),
+    );
     let w = g.add_external(crate::External::Input, "w", Type::f32(crate::dims![D 8]));
-    let mut v = g.push(Pointwise::mul(), vec![Some(x), Some(w)], &at).unwrap()[0];
+    let mut v = g
+        .push(Pointwise::mul(), vec![Some(x), Some(w)], &at)
+        .unwrap()[0];
     for f in [Un::Exp, Un::Neg, Un::Silu] {
         v = g.push(Pointwise::map(f), vec![Some(v)], &at).unwrap()[0];
     }
@@ -108,14 +124,28 @@ fn chains_fuse() {
     let out = run_passes(&g, &Config::default()).unwrap();
     assert_eq!(out.nodes.len(), 1, "{out}");
     assert_eq!(out.nodes[0].op.attrs(), "silu(-exp(x0*x1))");
-    let off = run_passes(&g, &Config { fuse: false, ..Config::default() }).unwrap();
+    let off = run_passes(
+        &g,
+        &Config {
+            fuse: false,
+            ..Config::default()
+        },
+    )
+    .unwrap();
     assert_eq!(off.nodes.len(), 4);
 }
 
 #[test]
 fn fusion_lowers_traffic_and_never_the_memory_much() {
     let g = training(&all_kinds()).unwrap();
-    let off = run_passes(&g, &Config { fuse: false, ..Config::default() }).unwrap();
+    let off = run_passes(
+        &g,
+        &Config {
+            fuse: false,
+            ..Config::default()
+        },
+    )
+    .unwrap();
     let on = run_passes(&g, &Config::default()).unwrap();
     assert!(crate::cost::costs(&on).moved_bytes < crate::cost::costs(&off).moved_bytes);
     assert!(plan(&on).live_bytes <= plan(&off).live_bytes);
@@ -123,14 +153,21 @@ fn fusion_lowers_traffic_and_never_the_memory_much() {
 
 #[test]
 fn dce_drops_what_nobody_reads() {
-    let at = Place { path: "x".into(), block: None, phase: Phase::Forward };
+    let at = Place {
+        path: "x".into(),
+        block: None,
+        phase: Phase::Forward,
+    };
     let mut g = Graph::new();
     let x = g.add_external(crate::External::Input, "x", Type::f32(crate::dims![B 4]));
     let mut p = Pointwise::new(2);
     let (a, b) = (p.un(Un::Exp, 0), p.un(Un::Neg, 1));
     let y = g.add_external(crate::External::Input, "y", Type::f32(crate::dims![B 4]));
-    let r = g.push(p.out(a).out(b), vec![Some(x), Some(y)], &at).unwrap();
-    g.push(Pointwise::map(Un::Exp), vec![Some(r[0])], &at).unwrap();
+    let r = g
+        .push(p.out(a).out(b), vec![Some(x), Some(y)], &at)
+        .unwrap();
+    g.push(Pointwise::map(Un::Exp), vec![Some(r[0])], &at)
+        .unwrap();
     g.outputs.push(("y".into(), r[1]));
     let out = dce(&g, &Config::default()).unwrap();
     verify(&out).unwrap();
@@ -141,9 +178,15 @@ fn dce_drops_what_nobody_reads() {
 
 #[test]
 fn recomputation_lowers_memory_and_counts_its_operations() {
-    let g = training(&toy([Kind::Ffn, Kind::Attention, Kind::Ssd, Kind::Moe].repeat(4))).unwrap();
+    let g = training(&toy(
+        [Kind::Ffn, Kind::Attention, Kind::Ssd, Kind::Moe].repeat(4)
+    ))
+    .unwrap();
     let none = run_passes(&g, &Config::default()).unwrap();
-    let block = Config { recompute: RecomputePolicy::Block, ..Config::default() };
+    let block = Config {
+        recompute: RecomputePolicy::Block,
+        ..Config::default()
+    };
     let block = run_passes(&g, &block).unwrap();
     let (a, b) = (crate::cost::costs(&none), crate::cost::costs(&block));
     assert_eq!(a.recompute_flops, 0.0);
@@ -154,7 +197,10 @@ fn recomputation_lowers_memory_and_counts_its_operations() {
 
     // Any budget in between is kept with less recomputation; one below says what would do.
     let budget = (most + least) / 2;
-    let config = |b| Config { recompute: RecomputePolicy::Budget(b), ..Config::default() };
+    let config = |b| Config {
+        recompute: RecomputePolicy::Budget(b),
+        ..Config::default()
+    };
     let some = run_passes(&g, &config(budget)).unwrap();
     assert!(plan(&some).arena_bytes <= budget);
     let c = crate::cost::costs(&some).recompute_flops;
@@ -162,7 +208,10 @@ fn recomputation_lowers_memory_and_counts_its_operations() {
     let free = run_passes(&g, &config(most)).unwrap();
     assert_eq!(crate::cost::costs(&free).recompute_flops, 0.0);
     match run_passes(&g, &config(1000)) {
-        Err(PassError::Budget { budget_bytes: 1000, smallest_bytes }) => {
+        Err(PassError::Budget {
+            budget_bytes: 1000,
+            smallest_bytes,
+        }) => {
             assert!(smallest_bytes <= least);
             run_passes(&g, &config(smallest_bytes)).unwrap();
         }
@@ -173,7 +222,10 @@ fn recomputation_lowers_memory_and_counts_its_operations() {
 #[test]
 fn routing_is_never_repeated() {
     let g = training(&toy(vec![Kind::Moe; 3])).unwrap();
-    let block = Config { recompute: RecomputePolicy::Block, ..Config::default() };
+    let block = Config {
+        recompute: RecomputePolicy::Block,
+        ..Config::default()
+    };
     let g = run_passes(&g, &block).unwrap();
     assert!(g.nodes.iter().any(|n| n.phase == Phase::Recompute));
     assert_eq!(count(&g, "route"), 3);
