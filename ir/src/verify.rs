@@ -83,7 +83,7 @@ pub enum Fault {
 #[error("{fault} (at {at}); this is a bug in marimba{around}")]
 pub struct VerifyError {
     /// What is wrong.
-    pub fault: Fault,
+    pub fault: Box<Fault>,
     /// The node, where one is to blame.
     pub node: Option<NodeId>,
     /// Node number, op name and DSL path; `the graph` where no node is to blame.
@@ -107,7 +107,7 @@ fn at_node(g: &Graph, n: usize, fault: Fault) -> VerifyError {
         around.push_str(&format!("\n{mark} {}", print::node(g, &g.nodes[i])));
     }
     VerifyError {
-        fault,
+        fault: Box::new(fault),
         node: Some(NodeId(n as u32)),
         at: format!("{} {} of {}", NodeId(n as u32), node.op.name(), node.path),
         around,
@@ -116,7 +116,7 @@ fn at_node(g: &Graph, n: usize, fault: Fault) -> VerifyError {
 
 fn at_graph(fault: Fault) -> VerifyError {
     VerifyError {
-        fault,
+        fault: Box::new(fault),
         node: None,
         at: "the graph".into(),
         around: String::new(),
