@@ -6,3 +6,11 @@ pub(crate) mod math;
 mod memory;
 pub(crate) mod simd;
 pub(crate) mod tensor;
+
+mod cache_write;
+mod causal_conv1d;
+#[cfg(test)]
+mod check;
+mod panel;
+mod rope;
+mod ssd;

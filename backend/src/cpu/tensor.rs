@@ -279,6 +279,13 @@ pub(super) fn column_blocks(x: &mut [f32], cols: usize, width: usize) -> Vec<Col
         .collect()
 }
 
+/// Splits the row-major matrix `x [_, cols]` into blocks of `rows` rows by `width` columns, row blocks outermost.
+pub(super) fn tiles(x: &mut [f32], cols: usize, width: usize, rows: usize) -> Vec<Columns<'_>> {
+    x.chunks_mut((rows * cols).max(1))
+        .flat_map(|part| column_blocks(part, cols, width))
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
