@@ -1,0 +1,306 @@
+//! Runs from folders: Marimba's run folders, or folders with event files of any TensorBoard writer.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::record::RecordError;
+use crate::record::metrics::read_metrics;
+use crate::record::read::{ReadLimits, is_event_file, read_dir};
+use crate::record::run_dir::{
+    GRAPH_TXT, METRICS_JSONL, RESOLVED_RON, STATUS_JSON, SUMMARY_JSON, TB_DIR,
+};
+use crate::record::series::SeriesMap;
+use crate::record::summary::{RunState, RunStatus, RunSummary, read_json};
+
+/// Folders below a given one that are searched for runs.
+const MAX_DEPTH: usize = 8;
+/// Points kept per curve.
+const MAX_POINTS: usize = 4000;
+
+/// One run, read.
+#[derive(Debug)]
+pub struct RunData {
+    /// Name: of the summary, else the folder's path below the one given.
+    pub name: String,
+    /// The folder.
+    pub path: PathBuf,
+    /// Group that it is a member of.
+    pub group: String,
+    /// Seed, where known.
+    pub seed: Option<u64>,
+    /// Where it stands; `None` for another writer's run.
+    pub state: Option<RunState>,
+    /// The error of a failed run.
+    pub message: Option<String>,
+    /// Its facts, where it has a summary.
+    pub summary: Option<RunSummary>,
+    /// Its curves.
+    pub series: SeriesMap,
+    /// Text of `resolved.ron`.
+    pub resolved: Option<String>,
+    /// Text of `graph.txt`.
+    pub graph: Option<String>,
+    /// What could not be read.
+    pub warnings: Vec<String>,
+}
+
+impl RunData {
+    /// Last value of each metric: of the summary, else of the curves.
+    pub fn finals(&self) -> BTreeMap<String, f64> {
+        let mut finals: BTreeMap<String, f64> = self
+            .series
+            .iter()
+            .filter_map(|(tag, s)| s.last().map(|p| (tag.clone(), p.value)))
+            .collect();
+        if let Some(summary) = &self.summary {
+            finals.extend(summary.final_metrics.iter().map(|(k, v)| (k.clone(), *v)));
+        }
+        finals
+    }
+
+    /// Whether its last values are final: it finished, or nothing is known to the contrary.
+    pub fn is_final(&self) -> bool {
+        matches!(self.state, None | Some(RunState::Finished))
+    }
+}
+
+/// Why nothing could be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum LoadError {
+    /// A path that does not exist.
+    #[error("no such folder: {path}")]
+    Missing {
+        /// The path.
+        path: PathBuf,
+    },
+    /// A folder without a run in it or below it.
+    #[error(
+        "no run found in {path}: expected a run folder ({METRICS_JSONL} or {SUMMARY_JSON}) or TensorBoard event files"
+    )]
+    NoRuns {
+        /// The folder.
+        path: PathBuf,
+    },
+    /// The file system.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+}
+
+/// Loads every run in or below `paths`, in the order given, folders by name. A run named twice is loaded once.
+///
+/// # Errors
+/// A path does not exist, or holds no run at all. Damage inside a run is a warning of that run.
+pub fn load(paths: &[PathBuf]) -> Result<Vec<RunData>, LoadError> {
+    let mut found: Vec<(PathBuf, String)> = Vec::new();
+    for path in paths {
+        if !path.is_dir() {
+            return Err(LoadError::Missing { path: path.clone() });
+        }
+        let before = found.len();
+        find(path, path, 0, &mut found)?;
+        if found.len() == before {
+            return Err(LoadError::NoRuns { path: path.clone() });
+        }
+    }
+    let mut seen = std::collections::BTreeSet::new();
+    found.retain(|(path, _)| seen.insert(fs::canonicalize(path).unwrap_or_else(|_| path.clone())));
+    Ok(found
+        .into_iter()
+        .map(|(path, name)| load_run(&path, name))
+        .collect())
+}
+
+fn find(
+    root: &Path,
+    dir: &Path,
+    depth: usize,
+    found: &mut Vec<(PathBuf, String)>,
+) -> Result<(), LoadError> {
+    let ours = [METRICS_JSONL, SUMMARY_JSON, STATUS_JSON]
+        .iter()
+        .any(|f| dir.join(f).is_file());
+    let mut entries: Vec<PathBuf> = fs::read_dir(dir)
+        .map_err(|e| RecordError::from_io("read", dir, e))?
+        .filter_map(|e| e.ok().map(|e| e.path()))
+        .collect();
+    entries.sort();
+    if ours || entries.iter().any(|p| is_event_file(p)) {
+        let below = dir.strip_prefix(root).unwrap_or(dir);
+        let name = if below.as_os_str().is_empty() {
+            fs::canonicalize(dir)
+                .ok()
+                .and_then(|p| p.file_name().map(|n| n.to_string_lossy().into_owned()))
+        } else {
+            Some(below.to_string_lossy().into_owned())
+        };
+        found.push((
+            dir.to_path_buf(),
+            name.unwrap_or_else(|| dir.display().to_string()),
+        ));
+    }
+    if ours || depth == MAX_DEPTH {
+        return Ok(());
+    }
+    for entry in entries {
+        // Links are not followed, or a link upwards would be walked in circles.
+        if entry.is_dir() && !entry.is_symlink() {
+            find(root, &entry, depth + 1, found)?;
+        }
+    }
+    Ok(())
+}
+
+fn load_run(path: &Path, name: String) -> RunData {
+    let mut warnings = Vec::new();
+    let mut note = |e: RecordError| warnings.push(e.to_string());
+    let summary: Option<RunSummary> = read_json(&path.join(SUMMARY_JSON)).unwrap_or_else(|e| {
+        note(e);
+        None
+    });
+    let status: Option<RunStatus> = read_json(&path.join(STATUS_JSON)).unwrap_or_else(|e| {
+        note(e);
+        None
+    });
+    let metrics = path.join(METRICS_JSONL);
+    let mut series = SeriesMap::new();
+    if metrics.is_file() {
+        match read_metrics(&metrics, MAX_POINTS) {
+            Ok(log) => {
+                series = log.series;
+                warnings.extend(log.warnings);
+            }
+            Err(e) => warnings.push(e.to_string()),
+        }
+    }
+    if series.is_empty() {
+        let limits = ReadLimits {
+            max_points: MAX_POINTS,
+            ..ReadLimits::default()
+        };
+        for dir in [path.to_path_buf(), path.join(TB_DIR)]
+            .into_iter()
+            .filter(|d| d.is_dir())
+        {
+            match read_dir(&dir, &limits) {
+                Ok(log) => {
+                    series.extend(log.scalars);
+                    warnings.extend(log.warnings.iter().map(ToString::to_string));
+                }
+                Err(e) => warnings.push(e.to_string()),
+            }
+        }
+    }
+    let (guessed_group, guessed_seed) = split_seed(&name);
+    let group = summary
+        .as_ref()
+        .map(|s| s.group.clone())
+        .or_else(|| status.as_ref().map(|s| s.group.clone()))
+        .filter(|g| !g.is_empty())
+        .unwrap_or(guessed_group);
+    RunData {
+        group,
+        seed: summary
+            .as_ref()
+            .map(|s| s.seed)
+            .or(status.as_ref().map(|s| s.seed))
+            .or(guessed_seed),
+        state: status
+            .as_ref()
+            .map(|s| s.state)
+            .or(summary.as_ref().map(|s| s.status)),
+        message: status.and_then(|s| s.message),
+        name: summary
+            .as_ref()
+            .map(|s| s.name.clone())
+            .filter(|n| !n.is_empty())
+            .unwrap_or(name),
+        path: path.to_path_buf(),
+        summary,
+        series,
+        resolved: fs::read_to_string(path.join(RESOLVED_RON)).ok(),
+        graph: fs::read_to_string(path.join(GRAPH_TXT)).ok(),
+        warnings,
+    }
+}
+
+/// `name-seed3` is seed 3 of group `name`; also with `_`, `.`, `/` before and `-`, `_`, `=` behind `seed`.
+fn split_seed(name: &str) -> (String, Option<u64>) {
+    let digits = name.len() - name.chars().rev().take_while(char::is_ascii_digit).count();
+    let (head, seed) = name.split_at(digits);
+    let head = head.strip_suffix(['-', '_', '=']).unwrap_or(head);
+    match (head.strip_suffix("seed"), seed.parse()) {
+        (Some(group), Ok(seed)) => {
+            let trimmed = group.trim_end_matches(['-', '_', '.', '/']);
+            (
+                if trimmed.is_empty() {
+                    "all".to_owned()
+                } else {
+                    trimmed.to_owned()
+                },
+                Some(seed),
+            )
+        }
+        _ => (name.to_owned(), None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::EventFile;
+
+    #[test]
+    fn seeds_in_names() {
+        assert_eq!(split_seed("a-b-seed3"), ("a-b".into(), Some(3)));
+        assert_eq!(split_seed("x/seed_12"), ("x".into(), Some(12)));
+        assert_eq!(split_seed("seed=1"), ("all".into(), Some(1)));
+        assert_eq!(split_seed("größe2"), ("größe2".into(), None));
+        assert_eq!(split_seed("7"), ("7".into(), None));
+    }
+
+    #[test]
+    fn other_writers_folders_are_runs_and_damage_is_a_warning() {
+        let tmp = tempfile::tempdir().unwrap();
+        for (dir, tag) in [("a/seed0", "x"), ("a/seed1", "x"), ("b", "y")] {
+            let mut f = EventFile::create_new(&tmp.path().join(dir)).unwrap();
+            f.scalars(1, 0.0, [(tag, 1.0)]).unwrap();
+            f.flush().unwrap();
+            let bytes = fs::read(f.path()).unwrap();
+            fs::write(f.path(), &bytes[..bytes.len() - usize::from(dir == "b")]).unwrap();
+        }
+        fs::create_dir(tmp.path().join("c")).unwrap();
+        fs::write(tmp.path().join("c/metrics.jsonl"), "{\"step\":1,\"z\":2}\n").unwrap();
+        fs::write(tmp.path().join("c/summary.json"), "{").unwrap();
+        let runs = load(&[tmp.path().to_path_buf(), tmp.path().join("b")]).unwrap();
+        let names: Vec<_> = runs
+            .iter()
+            .map(|r| (r.name.as_str(), r.group.as_str(), r.seed))
+            .collect();
+        assert_eq!(
+            names,
+            [
+                ("a/seed0", "a", Some(0)),
+                ("a/seed1", "a", Some(1)),
+                ("b", "b", None),
+                ("c", "c", None)
+            ]
+        );
+        assert_eq!(runs[0].finals()["x"], 1.0);
+        assert_eq!(runs[2].warnings.len(), 1);
+        assert!(runs[3].warnings[0].contains("summary.json") && runs[3].finals()["z"] == 2.0);
+    }
+
+    #[test]
+    fn nothing_to_load_is_said() {
+        let tmp = tempfile::tempdir().unwrap();
+        assert!(matches!(
+            load(&[tmp.path().into()]),
+            Err(LoadError::NoRuns { .. })
+        ));
+        assert!(matches!(
+            load(&[tmp.path().join("x")]),
+            Err(LoadError::Missing { .. })
+        ));
+    }
+}

@@ -1,0 +1,353 @@
+//! A comparison for the terminal and as CSV.
+
+use std::fmt::Write;
+
+use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
+
+use super::compare::{Comparison, Group, p_words};
+use super::units::{bytes, count, mean_sd};
+
+/// Narrowest terminal that is laid out for.
+const MIN_WIDTH: usize = 40;
+/// The name column is shortened no further than this.
+const MIN_NAME: usize = 12;
+
+struct Column {
+    head: String,
+    cells: Vec<String>,
+    right: bool,
+    /// When the table is too wide the largest goes first; 0 stays.
+    drop: u32,
+}
+
+impl Column {
+    fn width(&self) -> usize {
+        self.cells
+            .iter()
+            .map(|c| c.width())
+            .chain([self.head.width()])
+            .max()
+            .unwrap_or(0)
+    }
+}
+
+/// The comparison as text for a terminal of `width` columns: verdict, table, notes.
+pub fn terminal(c: &Comparison, width: usize) -> String {
+    let width = width.max(MIN_WIDTH);
+    let mut out = String::new();
+    let _ = writeln!(out, "{}", c.title);
+    if let Some(question) = &c.question {
+        out.push_str(&wrap(question, width, ""));
+    }
+    out.push('\n');
+    let dropped = table(c, width, &mut out);
+    out.push('\n');
+    for sentence in &c.verdict {
+        out.push_str(&wrap(sentence, width, ""));
+    }
+    if !dropped.is_empty() {
+        out.push_str(&wrap(
+            &format!("Not shown for want of width: {}.", dropped.join(", ")),
+            width,
+            "",
+        ));
+    }
+    if !c.notes.is_empty() {
+        out.push_str("\nNotes\n");
+        c.notes
+            .iter()
+            .for_each(|note| out.push_str(&wrap(note, width, "  ")));
+    }
+    out
+}
+
+fn table(c: &Comparison, width: usize, out: &mut String) -> Vec<String> {
+    let column = |head: &str, right, drop, cell: &dyn Fn(&Group) -> String| Column {
+        head: head.to_owned(),
+        cells: c.groups.iter().map(cell).collect(),
+        right,
+        drop,
+    };
+    let or_dash = |v: Option<String>| v.unwrap_or_else(|| "–".to_owned());
+    let mut columns = vec![
+        column("configuration", false, 0, &|g| g.name.clone()),
+        column("seeds", true, 3, &|g| {
+            if g.n_finished == g.n_members {
+                g.n_members.to_string()
+            } else {
+                format!("{}/{}", g.n_finished, g.n_members)
+            }
+        }),
+    ];
+    for (i, metric) in c.metrics.iter().enumerate() {
+        columns.push(column(
+            metric,
+            true,
+            if i == 0 { 0 } else { 20 + i as u32 },
+            &|g| {
+                or_dash(
+                    g.metrics
+                        .get(metric)
+                        .and_then(|e| Some(mean_sd(e.mean?, e.sd))),
+                )
+            },
+        ));
+    }
+    columns.push(column("params", true, 5, &|g| {
+        or_dash(g.params_total.map(|v| count(v as f64)))
+    }));
+    columns.push(column("active", true, 7, &|g| {
+        or_dash(g.params_active.map(|v| count(v as f64)))
+    }));
+    columns.push(column("decode state", true, 4, &|g| {
+        or_dash(g.decode_bytes.map(|v| bytes(v as f64)))
+    }));
+    columns.push(column("tokens/s", true, 6, &|g| {
+        or_dash(g.tokens_per_sec.mean.map(count))
+    }));
+    if let Some(reference) = &c.reference {
+        columns.push(column("against the best", false, 2, &|g| match &g.test {
+            None => "(reference)".to_owned(),
+            Some(t) => match t.p_adjusted {
+                Some(p) => format!("{}, {}", t.verdict.words(), p_words(p)),
+                None => t.verdict.words().to_owned(),
+            },
+        }));
+        if c.groups.first().is_some_and(|g| &g.name != reference)
+            && let Some(last) = columns.last_mut()
+        {
+            last.head = format!("against {reference}");
+        }
+    }
+    // A column of nothing but dashes says nothing.
+    columns.retain(|c| c.drop == 0 || c.cells.iter().any(|cell| cell != "–"));
+    let total = |columns: &[Column]| {
+        columns
+            .iter()
+            .map(|c| c.width() + 2)
+            .sum::<usize>()
+            .saturating_sub(2)
+    };
+    let mut dropped = Vec::new();
+    loop {
+        let excess = total(&columns).saturating_sub(width);
+        let name = columns[0].width();
+        if excess == 0 {
+            break;
+        }
+        if name.saturating_sub(excess) >= MIN_NAME.max(name / 2) {
+            let room = name - excess;
+            columns[0]
+                .cells
+                .iter_mut()
+                .for_each(|cell| *cell = shorten(cell, room));
+            columns[0].head = shorten(&columns[0].head, room);
+            break;
+        }
+        let Some(at) = (0..columns.len())
+            .filter(|i| columns[*i].drop > 0)
+            .max_by_key(|i| columns[*i].drop)
+        else {
+            columns[0]
+                .cells
+                .iter_mut()
+                .for_each(|cell| *cell = shorten(cell, MIN_NAME));
+            columns[0].head = shorten(&columns[0].head, MIN_NAME);
+            break;
+        };
+        dropped.push(columns.remove(at).head);
+    }
+    let widths: Vec<usize> = columns.iter().map(Column::width).collect();
+    let mut line = |cells: Vec<&str>| {
+        let mut text = String::new();
+        for ((cell, column), width) in cells.iter().zip(&columns).zip(&widths) {
+            let pad = " ".repeat(width.saturating_sub(cell.width()));
+            if column.right {
+                text.push_str(&pad);
+            }
+            text.push_str(cell);
+            if !column.right {
+                text.push_str(&pad);
+            }
+            text.push_str("  ");
+        }
+        let _ = writeln!(out, "{}", text.trim_end());
+    };
+    line(columns.iter().map(|c| c.head.as_str()).collect());
+    let rules: Vec<String> = widths.iter().map(|w| "─".repeat(*w)).collect();
+    line(rules.iter().map(String::as_str).collect());
+    for row in 0..c.groups.len() {
+        line(columns.iter().map(|c| c.cells[row].as_str()).collect());
+    }
+    dropped
+}
+
+/// Cuts `text` to `width` columns, ending on an ellipsis where something was cut.
+fn shorten(text: &str, width: usize) -> String {
+    if text.width() <= width {
+        return text.to_owned();
+    }
+    let mut out = String::new();
+    for c in text.chars() {
+        if out.width() + c.width().unwrap_or(0) + 1 > width {
+            break;
+        }
+        out.push(c);
+    }
+    out.push('…');
+    out
+}
+
+/// Breaks `text` at spaces into lines of `width` columns, the further ones indented by two.
+fn wrap(text: &str, width: usize, indent: &str) -> String {
+    let mut out = String::new();
+    let mut line = indent.to_owned();
+    let mut empty = true;
+    for word in text.split_whitespace() {
+        if !empty && line.width() + 1 + word.width() > width {
+            let _ = writeln!(out, "{line}");
+            line = format!("{indent}  ");
+            empty = true;
+        }
+        if !empty {
+            line.push(' ');
+        }
+        line.push_str(word);
+        empty = false;
+    }
+    let _ = writeln!(out, "{line}");
+    out
+}
+
+/// The comparison as CSV (RFC 4180), one line per group, full precision, empty where unknown.
+pub fn csv(c: &Comparison) -> String {
+    let mut head: Vec<String> = ["group", "members", "finished", "seeds"]
+        .map(str::to_owned)
+        .into();
+    for metric in &c.metrics {
+        head.extend(["mean", "sd", "ci95_low", "ci95_high", "n"].map(|s| format!("{metric}:{s}")));
+    }
+    head.extend(
+        [
+            "params_total",
+            "params_active",
+            "state_bytes_per_seq",
+            "kv_bytes_per_token",
+            "decode_bytes",
+            "flops_per_token",
+            "tokens_per_sec",
+            "reference",
+            "difference",
+            "p",
+            "p_adjusted",
+            "verdict",
+        ]
+        .map(str::to_owned),
+    );
+    let axes: std::collections::BTreeSet<&String> =
+        c.groups.iter().flat_map(|g| g.axes.keys()).collect();
+    head.extend(axes.iter().map(|a| format!("axis:{a}")));
+    let float = |v: Option<f64>| v.map(|v| v.to_string()).unwrap_or_default();
+    let int = |v: Option<u64>| v.map(|v| v.to_string()).unwrap_or_default();
+    let mut out = String::new();
+    let mut line = |cells: Vec<String>| {
+        let quoted: Vec<String> = cells.into_iter().map(quote).collect();
+        out.push_str(&quoted.join(","));
+        out.push_str("\r\n");
+    };
+    line(head);
+    for g in &c.groups {
+        let seeds: Vec<String> = g.seeds.iter().map(u64::to_string).collect();
+        let mut cells = vec![
+            g.name.clone(),
+            g.n_members.to_string(),
+            g.n_finished.to_string(),
+            seeds.join(" "),
+        ];
+        for metric in &c.metrics {
+            let e = g.metrics.get(metric);
+            cells.push(float(e.and_then(|e| e.mean)));
+            cells.push(float(e.and_then(|e| e.sd)));
+            cells.push(float(e.and_then(|e| e.ci95).map(|c| c.0)));
+            cells.push(float(e.and_then(|e| e.ci95).map(|c| c.1)));
+            cells.push(e.map_or(0, |e| e.n).to_string());
+        }
+        cells.extend([
+            int(g.params_total),
+            int(g.params_active),
+            int(g.state_bytes_per_seq),
+            int(g.kv_bytes_per_token),
+            int(g.decode_bytes),
+            float(g.flops_per_token),
+            float(g.tokens_per_sec.mean),
+            c.reference.clone().unwrap_or_default(),
+            float(g.test.as_ref().and_then(|t| t.difference)),
+            float(g.test.as_ref().and_then(|t| t.p)),
+            float(g.test.as_ref().and_then(|t| t.p_adjusted)),
+            g.test
+                .as_ref()
+                .map(|t| t.verdict.words())
+                .unwrap_or_default()
+                .to_owned(),
+        ]);
+        cells.extend(
+            axes.iter()
+                .map(|a| g.axes.get(*a).cloned().unwrap_or_default()),
+        );
+        line(cells);
+    }
+    out
+}
+
+fn quote(cell: String) -> String {
+    if cell.contains([',', '"', '\n', '\r']) {
+        format!("\"{}\"", cell.replace('"', "\"\""))
+    } else {
+        cell
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::report::compare::tests::{five_by_two, run};
+    use crate::report::compare::{Options, compare};
+
+    #[test]
+    fn fits_the_terminal_and_says_what_it_dropped() {
+        let mut runs = five_by_two();
+        runs.push(run(
+            "ein sehr langer Name mit größe und 日本語 im Namen",
+            0,
+            &[("eval/accuracy", 0.1)],
+        ));
+        let c = compare(&runs, &Options::default());
+        for width in [40, 60, 80, 120, 200] {
+            let text = terminal(&c, width);
+            let rule = text.lines().find(|l| l.starts_with('─')).unwrap();
+            assert!(rule.width() <= width, "{width}\n{text}");
+            assert!(text.contains("eval/accuracy"), "{text}");
+        }
+        let narrow = terminal(&c, 60);
+        assert!(narrow.contains("Not shown for want of width"), "{narrow}");
+        assert!(terminal(&c, 200).contains("ein sehr langer Name mit größe und 日本語 im Namen"));
+        assert!(terminal(&compare(&[], &Options::default()), 80).contains("No run"));
+    }
+
+    #[test]
+    fn csv_has_every_number_and_quotes() {
+        let mut runs = five_by_two();
+        runs[0].group = "a, \"quoted\"".into();
+        let text = csv(&compare(&runs, &Options::default()));
+        let lines: Vec<&str> = text.split("\r\n").collect();
+        assert_eq!(lines.len(), 1 + 4 + 1);
+        assert!(text.contains("\"a, \"\"quoted\"\"\""));
+        let fields = lines[0].split(',').count();
+        assert!(
+            lines[2..5]
+                .iter()
+                .filter(|l| !l.contains('"'))
+                .all(|l| l.split(',').count() == fields)
+        );
+    }
+}
