@@ -4,6 +4,7 @@
 //! under the names of the graph's externals; a program is a graph and its plan, bound to that memory.
 
 mod cpu;
+pub mod dfdx;
 
 use marimba_ir::{Graph, Plan, Type};
 use std::collections::HashMap;
