@@ -1,7 +1,7 @@
 //! Whole graphs on dfdx: training by dfdx's tape, prefill, decode and update steps.
 //!
 //! A training graph may come before or after its backward phase was appended and its passes run. Forward nodes run on the tape; so
-//! does `linear_cross_entropy_grad`, as the forward op it was made from; all other backward nodes are skipped. When the graph has
+//! does `linear_cross_entropy_grad`, as the forward op it was made from; all other backward nodes and repeated forward nodes are skipped. When the graph has
 //! outputs `grad:<name>`, the tape runs backwards from output `loss` and `grad:<name>` becomes `grad_keep * grad:<name> + gradient`.
 //! Then the update nodes run. Nothing is planned: the plan says only how much memory there must be at least.
 
@@ -313,6 +313,8 @@ impl<D: DfdxDevice<f32>> Run<'_, D> {
             let node = &self.g.nodes[i];
             match node.phase {
                 Phase::Forward => {}
+                // The tape still has what these would make again.
+                Phase::Recompute => continue,
                 Phase::Backward => {
                     if !matches!(node.op, Op::LinearCrossEntropyGrad(_)) {
                         continue;
