@@ -23,8 +23,18 @@ pub(crate) fn decode<T: DeserializeOwned>(
             Err(mut e) => {
                 e.path.reverse();
                 let gone = node.strike(&e.path);
+                // A field that was struck for another fault is not missing.
+                let known = match &e.kind {
+                    ErrorKind::Missing(name) => struck.iter().any(|s| {
+                        s.split_last()
+                            .is_some_and(|(last, up)| last == name && up == e.path)
+                    }),
+                    _ => false,
+                };
                 struck.push(e.path.clone());
-                out.push(e.diagnostic(node));
+                if !known {
+                    out.push(e.diagnostic(node));
+                }
                 if !gone || out.len() > 64 {
                     return None;
                 }
@@ -113,12 +123,14 @@ impl Error {
                 ),
             ),
             ErrorKind::Wanted(wanted) => {
+                let bare = wanted == "a string" && found.starts_with('`');
                 let wanted = plain_words(&wanted);
+                let help = bare.then(|| format!("write it as \"{}\"", found.trim_matches('`')));
                 (
                     "ron::wrong_type",
                     format!("expected {wanted}{field}, found {found}"),
                     format!("expected {wanted}"),
-                    None,
+                    help,
                 )
             }
             ErrorKind::Other(text) => ("ron::wrong_value", text, String::new(), None),

@@ -10,6 +10,7 @@ pub mod check;
 pub mod data;
 mod de;
 pub mod diag;
+pub mod dialect;
 mod expand;
 mod load;
 pub mod model;

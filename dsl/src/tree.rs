@@ -105,7 +105,7 @@ impl Node {
         match &self.kind {
             Kind::Tuple(Some(n), _) | Kind::Struct(Some(n), _) => n.span.clone(),
             Kind::List(_) | Kind::Tuple(None, _) | Kind::Struct(None, _) | Kind::Map(_) => {
-                if self.span.text().contains('\n') {
+                if self.span.text().contains('\n') || self.span.text().len() > 40 {
                     Span {
                         end: self.span.start + 1,
                         ..self.span.clone()

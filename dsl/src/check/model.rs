@@ -66,7 +66,7 @@ pub(crate) fn model(cx: &Cx<'_>, at: &At, file: &s::Model) -> Option<m::Model> {
     if cx.out.borrow().len() > before {
         return None;
     }
-    Some(m::Model {
+    let model = m::Model {
         name: file.name.clone().unwrap_or_else(|| "model".to_owned()),
         vocab_size: vocab_size?,
         d_model: d_model?,
@@ -79,7 +79,11 @@ pub(crate) fn model(cx: &Cx<'_>, at: &At, file: &s::Model) -> Option<m::Model> {
             std: init.std,
             scale_output: init.scale_output,
         },
-    })
+    };
+    for what in unsupported(&model) {
+        cx.error(at, "model::unsupported", what, "cannot be built yet", "");
+    }
+    Some(model).filter(|_| cx.out.borrow().len() == before)
 }
 
 /// Divides by all usual head counts.
@@ -107,13 +111,16 @@ impl Build<'_> {
     fn norm(&self, at: &At, n: Option<s::Norm>, default: m::Norm) -> m::Norm {
         let n = n.unwrap_or_default();
         m::Norm {
-            eps: self.cx.above_zero(at, "eps", n.eps.unwrap_or(default.eps)),
+            // An inherited eps was checked where it stands.
+            eps: n
+                .eps
+                .map_or(default.eps, |e| self.cx.above_zero(at, "eps", e)),
             zero_centered: n.zero_centered.unwrap_or(default.zero_centered),
         }
     }
 
     fn eps(&self, at: &At, name: &str, eps: Option<f64>) -> f64 {
-        self.cx.above_zero(at, name, eps.unwrap_or(self.norm.eps))
+        eps.map_or(self.norm.eps, |e| self.cx.above_zero(at, name, e))
     }
 
     /// Checks every declared mixer and ffn once, used or not, and the names.
@@ -227,7 +234,7 @@ impl Build<'_> {
         (what, whole): (&str, usize),
         (by, part): (&str, usize),
         help: &str,
-    ) -> usize {
+    ) -> Option<usize> {
         if part == 0 || whole % part != 0 {
             self.cx.error(
                 &at.at(key),
@@ -240,9 +247,9 @@ impl Build<'_> {
                 ),
                 help,
             );
-            return 1;
+            return None;
         }
-        whole / part
+        Some(whole / part)
     }
 
     fn mixer(&self, at: &At, body: &s::Mixer, width: usize, top: bool) -> Option<m::Mixer> {
@@ -387,7 +394,7 @@ impl Build<'_> {
         }
         let head_dim = match (a.head_dim, n_heads) {
             (Some(p), _) => Some(cx.positive(at, "head_dim", p)),
-            (None, Some(h)) if self.d_model_known => Some(self.divides(
+            (None, Some(h)) if self.d_model_known => self.divides(
                 at,
                 "n_heads",
                 "model::heads_divide",
@@ -401,7 +408,7 @@ impl Build<'_> {
                 ),
                 ("n_heads", h),
                 "change n_heads, or give head_dim: it need not be d_model / n_heads",
-            )),
+            ),
             (None, _) => None,
         };
         if a.window == Some(0) {
@@ -483,7 +490,7 @@ impl Build<'_> {
                 cx.error(
                     &at.at(key),
                     "model::rope_odd",
-                    format!("RoPE would rotate {d} channels of a head"),
+                    format!("rope would rotate {d} channels of a head"),
                     "must be even and at least 2",
                     "channels are rotated in pairs: choose an even `dims`, or an even head_dim",
                 );
@@ -493,7 +500,7 @@ impl Build<'_> {
                 cx.error(
                     &at.at(key),
                     "model::rope_too_wide",
-                    format!("RoPE would rotate {d} channels of heads that have {p}"),
+                    format!("rope would rotate {d} channels of heads that have {p}"),
                     format!("must be at most {p}"),
                     "",
                 );
@@ -709,7 +716,7 @@ impl Build<'_> {
     fn mamba2(&self, at: &At, a: &s::Mamba2) -> m::Mamba2 {
         let cx = self.cx;
         let head_dim = cx.positive(at, "head_dim", a.head_dim);
-        let n_heads = match a.n_heads {
+        let known = match a.n_heads {
             Some(h) => {
                 let h = cx.positive(at, "n_heads", h);
                 if let Some(e) = a.expand.filter(|_| self.d_model_known) {
@@ -727,7 +734,7 @@ impl Build<'_> {
                         );
                     }
                 }
-                h
+                Some(h)
             }
             None => {
                 let inner = self.expanded(at, a.expand.unwrap_or(2.0));
@@ -742,14 +749,17 @@ impl Build<'_> {
             }
         };
         let n_groups = cx.positive(at, "n_groups", a.n_groups);
-        self.divides(
-            at,
-            "n_groups",
-            "model::groups_divide",
-            ("n_heads", n_heads),
-            ("n_groups", n_groups),
-            "every group serves the same number of heads",
-        );
+        let n_heads = known.unwrap_or(1);
+        if known.is_some() {
+            self.divides(
+                at,
+                "n_groups",
+                "model::groups_divide",
+                ("n_heads", n_heads),
+                ("n_groups", n_groups),
+                "every group serves the same number of heads",
+            );
+        }
         let (lo, hi) = a.dt_limit;
         if lo.is_nan() || hi.is_nan() || lo < 0.0 || hi <= lo {
             cx.error(
@@ -895,7 +905,7 @@ impl Build<'_> {
                 ("n_groups", n_groups),
                 "groups hold equally many experts",
             );
-            if top_groups <= n_groups && e % n_groups == 0 {
+            if let Some(per) = per.filter(|_| top_groups <= n_groups) {
                 if top_k > per * top_groups {
                     cx.error(
                         &r.at("top_groups"),
@@ -1034,7 +1044,7 @@ impl Build<'_> {
             self.in_range(&layout.at("patch").at(i), *i, n);
         }
         self.share(&mut layers, &slots);
-        self.inject(&mut layers);
+        self.inject(&mut layers, &slots);
         whole.then_some(layers)
     }
 
@@ -1071,7 +1081,9 @@ impl Build<'_> {
     }
 
     fn patched_mixer(&self, name: &str, at: &At) -> Option<m::Mixer> {
-        let (body, declared) = self.named_mixer(name, &self.at.at("layout").at("mixer"))?;
+        // A name that is not declared was complained about where it stands.
+        let body = self.file.mixers.get(name)?;
+        let declared = self.at.at("mixers").at(name);
         let Some(node) = self.patched("mixers", name, at) else {
             return self.quietly(|q| q.mixer(&declared, body, self.d_model, true));
         };
@@ -1081,7 +1093,8 @@ impl Build<'_> {
     }
 
     fn patched_ffn(&self, name: &str, at: &At) -> Option<m::Ffn> {
-        let (body, declared) = self.named_ffn(name, &self.at.at("layout").at("ffn"))?;
+        let body = self.file.ffns.get(name)?;
+        let declared = self.at.at("ffns").at(name);
         let Some(node) = self.patched("ffns", name, at) else {
             return self.quietly(|q| q.ffn(&declared, body));
         };
@@ -1176,6 +1189,8 @@ impl Build<'_> {
                         .as_ref()
                         .map(|m| (m.weights.clone(), shape_of_mixer(&m.body)));
                     match (first, &mut layers[i].mixer) {
+                        (None, _) if slots[owner].0.is_some() => {}
+                        (_, None) if slots[i].0.is_some() => {}
                         (None, None) => {}
                         (Some((w, shape)), Some(m)) if shape == shape_of_mixer(&m.body) => {
                             m.weights = w
@@ -1189,6 +1204,8 @@ impl Build<'_> {
                         .as_ref()
                         .map(|m| (m.weights.clone(), shape_of_ffn(&m.body)));
                     match (first, &mut layers[i].ffn) {
+                        (None, _) if slots[owner].1.is_some() => {}
+                        (_, None) if slots[i].1.is_some() => {}
                         (None, None) => {}
                         (Some((w, shape)), Some(m)) if shape == shape_of_ffn(&m.body) => {
                             m.weights = w
@@ -1200,7 +1217,7 @@ impl Build<'_> {
         }
     }
 
-    fn inject(&self, layers: &mut [m::Layer]) {
+    fn inject(&self, layers: &mut [m::Layer], slots: &[Slot]) {
         let n = layers.len();
         let mut shapes: Vec<(String, m::Mixer, m::Ffn)> = Vec::new();
         for (k, inj) in self.file.layout.inject.iter().enumerate() {
@@ -1282,7 +1299,7 @@ impl Build<'_> {
                         "one injected block per layer",
                     );
                 }
-                if layer.mixer.is_none() {
+                if slots[i].0.is_none() {
                     self.cx.error(
                         &place,
                         "layout::inject",
@@ -1461,7 +1478,10 @@ impl Build<'_> {
         };
         match names.as_slice() {
             [] => Some(vec![None; n]),
-            [one] => Some(vec![Some((*one).clone()); n]),
+            [one] => {
+                self.used.borrow_mut().insert((*one).clone());
+                Some(vec![Some((*one).clone()); n])
+            }
             several => {
                 if !self.cx.struck(&self.at.at("layout")) {
                     self.cx.error(
