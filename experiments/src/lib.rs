@@ -1,5 +1,6 @@
 //! The marimba command as a library.
 
+pub mod checkpoint;
 pub mod data;
 pub mod record;
 pub mod report;

@@ -44,6 +44,38 @@ impl Mapped {
         })
     }
 
+    /// Maps `len` bytes of `path` from `offset`, which need not be aligned. Only these pages count as used while the map lives.
+    ///
+    /// # Errors
+    /// [`DataError::Io`] when the file cannot be opened or mapped, or has fewer bytes.
+    #[allow(unsafe_code)]
+    pub fn range(path: &Path, offset: u64, len: usize) -> Result<Self, DataError> {
+        let file = File::open(path).map_err(DataError::io("open", path))?;
+        let size = file.metadata().map_err(DataError::io("read", path))?.len();
+        if offset.checked_add(len as u64).is_none_or(|end| end > size) {
+            let short = std::io::Error::from(std::io::ErrorKind::UnexpectedEof);
+            return Err(DataError::io("map", path)(short));
+        }
+        if len == 0 {
+            return Ok(Self {
+                path: path.into(),
+                map: None,
+            });
+        }
+        // SAFETY: as in `open`.
+        let map = unsafe {
+            memmap2::MmapOptions::new()
+                .offset(offset)
+                .len(len)
+                .map(&file)
+        }
+        .map_err(DataError::io("map", path))?;
+        Ok(Self {
+            path: path.into(),
+            map: Some(map),
+        })
+    }
+
     /// The file.
     pub fn path(&self) -> &Path {
         &self.path
