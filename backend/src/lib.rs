@@ -6,6 +6,8 @@
 mod cpu;
 pub mod dfdx;
 
+pub use cpu::{CpuEngine, NodeTime};
+
 use marimba_ir::{Graph, Plan, Type};
 use std::collections::HashMap;
 
@@ -81,6 +83,12 @@ pub enum BackendError {
     Unknown {
         /// Name asked for.
         name: String,
+    },
+    /// A plan that does not hold what it promises: a bug in the planner or in who made the plan.
+    #[error("the plan is wrong: {why}; this is a bug in marimba")]
+    BadPlan {
+        /// What is wrong.
+        why: String,
     },
     /// An op cannot run here.
     #[error("{op} at {path} cannot run on {backend}: {why}")]

@@ -80,14 +80,14 @@ pub(super) fn run_on<O: Clone + Sync + Into<Op>>(
             None => vec![f32::NAN; ty.len()],
         });
     }
-    let mut out: Vec<SlotMut> = memory.iter_mut().map(|m| SlotMut::F32(m)).collect();
+    let out: Vec<SlotMut> = memory.iter_mut().map(|m| SlotMut::F32(m)).collect();
     let cx = Cx::new(threads);
     let a = Args {
         slots: &slots,
         types: &types,
     };
     let mut r = Results {
-        slots: &mut out,
+        slots: out,
         types: &results,
     };
     if threads == 1 {

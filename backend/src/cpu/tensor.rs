@@ -94,16 +94,11 @@ impl<'a> Args<'a> {
 
 /// Results of a node, each taken once.
 pub(super) struct Results<'a> {
-    pub(super) slots: &'a mut [SlotMut<'a>],
+    pub(super) slots: Vec<SlotMut<'a>>,
     pub(super) types: &'a [Type],
 }
 
 impl<'a> Results<'a> {
-    /// Number of results.
-    pub(super) fn len(&self) -> usize {
-        self.types.len()
-    }
-
     /// Type of result `k`.
     pub(super) fn ty(&self, k: usize) -> &'a Type {
         &self.types[k]
@@ -200,11 +195,6 @@ impl Cx {
         }
     }
 
-    /// As [`Cx::for_each`] over 0..n.
-    pub(super) fn for_n(&self, n: usize, f: impl Fn(usize, &mut Scratch) + Sync) {
-        self.for_each((0..n).collect(), |_, i, scratch| f(i, scratch));
-    }
-
     /// Scratch of the op as a whole: partial sums of tasks, temporaries. One at a time; not the memory that tasks see.
     pub(super) fn shared(&self) -> MutexGuard<'_, Scratch> {
         lock(&self.shared)
@@ -234,27 +224,12 @@ impl Columns<'_> {
         self.rows
     }
 
-    /// Columns of the block.
-    pub(super) fn width(&self) -> usize {
-        self.width
-    }
-
-    /// Elements between rows.
-    pub(super) fn stride(&self) -> usize {
-        self.stride
-    }
-
     /// Row `r` of the block.
     pub(super) fn row(&mut self, r: usize) -> &mut [f32] {
         assert!(r < self.rows);
         // SAFETY: `column_blocks` checked that the block's rows lie in the matrix; no other block holds these elements, and the
         // borrow of self keeps a second slice from being made.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(r * self.stride), self.width) }
-    }
-
-    /// The first element, for products that write with a row stride ([`super::matmul`]).
-    pub(super) fn as_mut_ptr(&mut self) -> *mut f32 {
-        self.start
     }
 }
 

@@ -1,0 +1,153 @@
+//! Products with an `[out, in]` weight: one call of the matrix product each; transposes are strides.
+
+use super::matmul::{Mat, MatMut, par_matmul};
+use super::tensor::{Args, Cx, Results};
+use marimba_ir::op::{Linear, LinearDw, LinearDx};
+
+/// `y [R N] = x [R K] w^T [K N] (+ b)`.
+pub(super) fn linear(_: &Linear, a: &Args, r: &mut Results, cx: &Cx) {
+    let (n, k) = (a.ty(1).size(0), a.ty(1).size(1));
+    let rows = r.ty(0).len() / n.max(1);
+    let y = r.take_f(0);
+    let mut beta = 0.0;
+    if let Some(b) = a.opt_f(2) {
+        for row in y.chunks_exact_mut(n.max(1)) {
+            row.copy_from_slice(b);
+        }
+        beta = 1.0;
+    }
+    par_matmul(
+        cx,
+        MatMut::new(y, rows, n),
+        beta,
+        1.0,
+        Mat::new(a.f(0), rows, k),
+        Mat::new(a.f(1), n, k).t(),
+    );
+}
+
+/// `dx [R K] = dy [R N] w [N K]`.
+pub(super) fn linear_dx(_: &LinearDx, a: &Args, r: &mut Results, cx: &Cx) {
+    let (n, k) = (a.ty(1).size(0), a.ty(1).size(1));
+    let rows = r.ty(0).len() / k.max(1);
+    par_matmul(
+        cx,
+        MatMut::new(r.take_f(0), rows, k),
+        0.0,
+        1.0,
+        Mat::new(a.f(0), rows, n),
+        Mat::new(a.f(1), n, k),
+    );
+}
+
+/// `dw [N K] = dy^T [N R] x [R K]`, or the same added to `beta` times rows `start..start+N` of the buffer.
+pub(super) fn linear_dw(op: &LinearDw, a: &Args, r: &mut Results, cx: &Cx) {
+    let (k, n) = (a.ty(0).last(), a.ty(1).last());
+    let rows = a.ty(0).rows();
+    let dw = r.take_f(0);
+    let (dw, beta) = if op.accumulate {
+        (&mut dw[op.start * k..(op.start + n) * k], a.f(3)[0])
+    } else {
+        (dw, 0.0)
+    };
+    par_matmul(
+        cx,
+        MatMut::new(dw, n, k),
+        beta,
+        1.0,
+        Mat::new(a.f(1), rows, n).t(),
+        Mat::new(a.f(0), rows, k),
+    );
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing::*;
+    use super::*;
+    use marimba_ir::{Type, dims};
+
+    #[test]
+    fn agrees_with_f64_loops() {
+        for (b, t, k, n) in [(2, 63, 17, 40), (1, 1, 64, 33), (1, 1000, 8, 5)] {
+            let rows = b * t;
+            let (x, w, bias, dy) = (
+                randn(1, rows * k),
+                randn(2, n * k),
+                randn(3, n),
+                randn(4, rows * n),
+            );
+            let (tx, tw, ty) = (
+                Type::f32(dims![B b, T t, D k]),
+                Type::f32(dims![I n, D k]),
+                Type::f32(dims![B b, T t, I n]),
+            );
+            for with_bias in [false, true] {
+                let tb = with_bias
+                    .then(|| (Type::f32(dims![I n]), crate::HostTensor::F32(bias.clone())));
+                let y = run(Linear, &[f(tx.clone(), &x), f(tw.clone(), &w), tb]);
+                let want: Vec<f64> = (0..rows * n)
+                    .map(|e| {
+                        let (r, j) = (e / n, e % n);
+                        let bias = if with_bias { f64::from(bias[j]) } else { 0.0 };
+                        bias + (0..k)
+                            .map(|p| f64::from(x[r * k + p]) * f64::from(w[j * k + p]))
+                            .sum::<f64>()
+                    })
+                    .collect();
+                close(floats(&y[0]), &want, 1e-5);
+            }
+            let dx = run(LinearDx, &[f(ty.clone(), &dy), f(tw.clone(), &w)]);
+            let want: Vec<f64> = (0..rows * k)
+                .map(|e| {
+                    (0..n)
+                        .map(|j| f64::from(dy[e / k * n + j]) * f64::from(w[j * k + e % k]))
+                        .sum()
+                })
+                .collect();
+            close(floats(&dx[0]), &want, 1e-5);
+            let dw: Vec<f64> = (0..n * k)
+                .map(|e| {
+                    (0..rows)
+                        .map(|r| f64::from(dy[r * n + e / k]) * f64::from(x[r * k + e % k]))
+                        .sum()
+                })
+                .collect();
+            let op = LinearDw {
+                start: 0,
+                accumulate: false,
+            };
+            let got = run(op, &[f(tx.clone(), &x), f(ty.clone(), &dy), None, None]);
+            close(floats(&got[0]), &dw, 1e-5);
+            // Over rows 2..2+n of a buffer: kept and scaled, or (beta 0) never read.
+            for beta in [0.0f32, 1.0, 0.5] {
+                let mut into = randn(5, (n + 3) * k);
+                if beta == 0.0 {
+                    into[2 * k..(2 + n) * k].fill(f32::NAN);
+                }
+                let op = LinearDw {
+                    start: 2,
+                    accumulate: true,
+                };
+                let got = run(
+                    op,
+                    &[
+                        f(tx.clone(), &x),
+                        f(ty.clone(), &dy),
+                        f(Type::f32(dims![I n + 3, D k]), &into),
+                        f(Type::scalar(), &[beta]),
+                    ],
+                );
+                let mut want = wide(&into);
+                for (e, d) in dw.iter().enumerate() {
+                    let old = if beta == 0.0 {
+                        0.0
+                    } else {
+                        f64::from(beta) * want[2 * k + e]
+                    };
+                    want[2 * k + e] = old + d;
+                }
+                close(floats(&got[0]), &want, 1e-5);
+            }
+        }
+    }
+}
