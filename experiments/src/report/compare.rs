@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::load::RunData;
 use super::pareto::front;
-use super::stats::{ALPHA, Estimate, Goal, Method, Test, Verdict, holm, test};
+use super::stats::{Estimate, Goal, Method, Test, Verdict, holm, test};
 use super::units::{bytes, count, mean_sd};
 use crate::record::summary::RunState;
 use crate::record::tags;
@@ -633,7 +633,6 @@ fn words(
     say("Better: ", both(Verdict::Better), "");
     say("Worse: ", both(Verdict::Worse), "");
     let far = with(Verdict::NoDifferenceShown, true);
-    let has_far = !far.is_empty();
     say(
         "Far apart in these seeds, yet too few seeds to show it by a test: ",
         far,
@@ -649,10 +648,12 @@ fn words(
         both(Verdict::NotTested),
         "",
     );
-    if has_far && n < 4 {
-        out.push(format!(
-            "With {n} seeds a test can hardly reach p < {ALPHA}, whatever the gap; more seeds would settle it."
-        ));
+    let undecided = groups
+        .iter()
+        .filter_map(|g| g.test.as_ref())
+        .any(|t| t.verdict == Verdict::NoDifferenceShown);
+    if undecided && n < 4 {
+        out.push(format!("With {n} seeds a test shows only steady differences; more seeds would settle the open ones."));
     }
     out.extend(cost_words(groups, base, metric, goal));
     out

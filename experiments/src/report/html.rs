@@ -157,7 +157,11 @@ fn with_names(sentence: &str, groups: &[Group]) -> String {
 fn facts(c: &Comparison) -> String {
     let finished = c.groups.iter().map(|g| g.n_finished).sum::<usize>();
     let mut facts = vec![
-        format!("{} configurations", c.groups.len()),
+        format!(
+            "{} configuration{}",
+            c.groups.len(),
+            if c.groups.len() == 1 { "" } else { "s" }
+        ),
         format!("{finished} of {} runs finished", c.members.len()),
     ];
     if let Some(step) = c.members.iter().filter_map(|m| m.last_step).max() {
@@ -274,7 +278,8 @@ fn table(c: &Comparison) -> String {
                 verdict_cell(&mut out, g);
             }
             if k == 0 {
-                cost_cells(&mut out, g, params, speed);
+                // Alone on the front is no distinction.
+                cost_cells(&mut out, g, params, speed, c.groups.len() > 1);
             }
         }
         let n = if g.n_finished == g.n_members {
@@ -320,7 +325,7 @@ fn verdict_cell(out: &mut String, g: &Group) {
     );
 }
 
-fn cost_cells(out: &mut String, g: &Group, params: bool, speed: bool) {
+fn cost_cells(out: &mut String, g: &Group, params: bool, speed: bool, starred: bool) {
     let mut costs: Vec<(Cost, Option<String>)> = Vec::new();
     if params {
         costs.push((Cost::DecodeBytes, Cost::DecodeBytes.of(g).map(bytes)));
@@ -333,7 +338,7 @@ fn cost_cells(out: &mut String, g: &Group, params: bool, speed: bool) {
     }
     for (cost, text) in costs {
         let mut html = text.unwrap_or_else(|| "–".to_owned());
-        html.push_str(if g.pareto.contains(&cost) {
+        html.push_str(if starred && g.pareto.contains(&cost) {
             "<sup title=\"on the Pareto front: no other configuration is both better and cheaper by this measure\">◆</sup>"
         } else {
             "<sup></sup>"
@@ -348,39 +353,48 @@ fn cell(out: &mut String, value: Option<f64>, html: &str, main: bool) {
     let _ = write!(out, "<td class=\"{class}\" data-v=\"{v}\">{html}</td>");
 }
 
-/// How each configuration differs from the reference's; the script replaces this by a choice of any two.
+/// How each configuration differs from the reference's; the script replaces this by a choice of any two. Empty where
+/// there is nothing to compare.
 fn configs(c: &Comparison, runs: &[RunData]) -> String {
+    let has_two = |text: fn(&RunData) -> &Option<String>| {
+        runs.iter().filter(|r| text(r).is_some()).count() > 1
+    };
+    if !has_two(|r| &r.resolved) && !has_two(|r| &r.graph) {
+        return String::new();
+    }
     let first = |group: &str| {
         runs.iter()
             .find(|r| r.group == group && r.resolved.is_some())
     };
-    let Some(base) = c
+    let reference = c
         .reference
         .as_deref()
-        .or(c.groups.first().map(|g| g.name.as_str()))
-        .and_then(first)
-    else {
-        return "<p>No run has a resolved configuration.</p>".to_owned();
-    };
-    let mut out = String::new();
-    for run in c
-        .groups
-        .iter()
-        .filter_map(|g| first(&g.name))
-        .filter(|r| r.path != base.path || r.name != base.name)
-    {
-        let lines = diff(
-            base.resolved.as_deref().unwrap_or_default(),
-            run.resolved.as_deref().unwrap_or_default(),
-        );
-        let _ = write!(
-            out,
-            "<details><summary>{} against {}</summary>{}</details>",
-            escape(&run.name),
-            escape(&base.name),
-            diff_html(&lines)
-        );
+        .or(c.groups.first().map(|g| g.name.as_str()));
+    let mut out = String::from(
+        "<section id=\"configs\"><h2>What differs between two runs</h2>\
+         <div id=\"config-controls\" class=\"controls\" hidden></div><div id=\"config-diff\">",
+    );
+    if let Some(base) = reference.and_then(first) {
+        let others = c
+            .groups
+            .iter()
+            .filter(|g| g.name != base.group)
+            .filter_map(|g| first(&g.name));
+        for run in others {
+            let lines = diff(
+                base.resolved.as_deref().unwrap_or_default(),
+                run.resolved.as_deref().unwrap_or_default(),
+            );
+            let _ = write!(
+                out,
+                "<details><summary>{} against {}</summary>{}</details>",
+                escape(&run.name),
+                escape(&base.name),
+                diff_html(&lines)
+            );
+        }
     }
+    out.push_str("</div></section>");
     out
 }
 

@@ -105,7 +105,11 @@ fn table(c: &Comparison, width: usize, out: &mut String) -> Vec<String> {
     columns.push(column("tokens/s", true, 6, &|g| {
         or_dash(g.tokens_per_sec.mean.map(count))
     }));
-    if let Some(reference) = &c.reference {
+    if let Some(reference) = c
+        .reference
+        .as_ref()
+        .filter(|_| c.groups.iter().any(|g| g.test.is_some()))
+    {
         columns.push(column("against the best", false, 2, &|g| match &g.test {
             None => "(reference)".to_owned(),
             Some(t) => match t.p_adjusted {

@@ -291,7 +291,9 @@
     root.addEventListener("pointerleave", () => { guide.setAttribute("visibility", "hidden"); hideTip(); });
     const notes = [state.tag];
     if (state.smooth > 0) notes.push(`smoothed by ${state.smooth}`);
-    notes.push(state.seeds ? "thin lines are single seeds" : "band: ± one standard deviation over seeds");
+    const banded = lines.some((l) => l.points.some((p) => p.sd > 0));
+    if (state.seeds) notes.push("thin lines are single seeds");
+    else if (banded) notes.push("band: ± one standard deviation over seeds");
     caption.textContent = notes.join(" · ");
     figure.replaceChildren(root, caption);
   }
