@@ -3,6 +3,7 @@
 //! `{"step":10,"time":1763750000.5,"train/loss":2.31}`; values that are not finite are the strings `nan`, `inf`, `-inf`.
 //! Two lines of one step are one step. A last line without its end (the process died in it) is no line.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io::{BufRead, BufReader, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -10,8 +11,10 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::error::RecordError;
+use super::goal::Goal;
 use super::series::{Point, Series, SeriesMap};
 use super::summary::loose::Loose;
+use super::tags;
 
 /// Longest line that is read; a log step of a model with thousands of layers stays far below.
 const MAX_LINE_BYTES: u64 = 16 << 20;
@@ -203,6 +206,48 @@ pub fn read_metrics(path: &Path, max_points: usize) -> Result<MetricsLog, Record
     Ok(log)
 }
 
+/// What a run's summary takes from its curves, see [`curve_facts`].
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct CurveFacts {
+    /// Last value of each tag.
+    pub finals: BTreeMap<String, f64>,
+    /// Best value of each tag whose direction is known, NaN left out.
+    pub bests: BTreeMap<String, f64>,
+    /// Median of `perf/tokens_per_sec` over the log intervals; 0 where there is none.
+    pub tokens_per_sec: f64,
+}
+
+/// Reads final and best values and the median speed from a flushed `metrics.jsonl`, also what was written before a resume.
+///
+/// # Errors
+/// The file cannot be read.
+pub fn curve_facts(path: &Path) -> Result<CurveFacts, RecordError> {
+    let log = read_metrics(path, usize::MAX)?;
+    let mut facts = CurveFacts::default();
+    for (tag, series) in &log.series {
+        if let Some(last) = series.last() {
+            facts.finals.insert(tag.clone(), last.value);
+        }
+        let Some(goal) = Goal::of_tag(tag) else {
+            continue;
+        };
+        let values = series.points().map(|p| p.value).filter(|v| !v.is_nan());
+        if let Some(best) = values.reduce(|a, b| if goal.better(b, a) { b } else { a }) {
+            facts.bests.insert(tag.clone(), best);
+        }
+    }
+    if let Some(series) = log.series.get(tags::TOKENS_PER_SEC) {
+        let mut speeds: Vec<f64> = series
+            .points()
+            .map(|p| p.value)
+            .filter(|v| v.is_finite())
+            .collect();
+        speeds.sort_by(f64::total_cmp);
+        facts.tokens_per_sec = speeds.get(speeds.len() / 2).copied().unwrap_or(0.0);
+    }
+    Ok(facts)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -280,5 +325,29 @@ mod tests {
         w.file = good;
         w.flush().unwrap();
         assert_eq!(steps(&path), [1, 2]);
+    }
+
+    #[test]
+    fn facts_of_curves() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("metrics.jsonl");
+        let mut w = MetricsWriter::open(&path, None).unwrap();
+        for (step, loss) in [(1, 3.0), (2, 1.0), (3, f64::NAN)] {
+            let speed = 100.0 * step as f64;
+            let row = [
+                ("train/loss", loss),
+                ("train/lr", 0.1),
+                (tags::TOKENS_PER_SEC, speed),
+            ];
+            w.row(step, 0.0, &row.map(|(t, v)| (t.to_owned(), v)));
+        }
+        w.flush().unwrap();
+        let facts = curve_facts(&path).unwrap();
+        assert!(facts.finals["train/loss"].is_nan());
+        assert_eq!(
+            (facts.bests["train/loss"], facts.tokens_per_sec),
+            (1.0, 200.0)
+        );
+        assert!(!facts.bests.contains_key("train/lr") && facts.finals["train/lr"] == 0.1);
     }
 }

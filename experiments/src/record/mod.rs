@@ -6,6 +6,7 @@
 pub mod error;
 pub mod events;
 pub mod files;
+pub mod goal;
 pub mod histogram;
 pub mod metrics;
 pub mod read;
@@ -16,7 +17,9 @@ pub mod summary;
 
 pub use error::RecordError;
 pub use events::{EventFile, HParam, LayoutChart};
+pub use goal::Goal;
 pub use histogram::Histogram;
+pub use metrics::{CurveFacts, curve_facts};
 pub use recorder::Recorder;
 pub use run_dir::{RunDir, RunFiles};
 pub use series::{Point, Series};

@@ -25,7 +25,7 @@ struct Row {
 }
 
 impl Recorder {
-    /// Records a new run.
+    /// Records a run from its beginning; what the folder already holds of its curves is dropped.
     ///
     /// # Errors
     /// `metrics.jsonl` or the event file cannot be created.
@@ -45,9 +45,8 @@ impl Recorder {
     fn open(run: &RunDir, after: Option<u64>) -> Result<Recorder, RecordError> {
         let metrics = MetricsWriter::open(&run.metrics_path(), after)?;
         let mut events = EventFile::create_new(&run.tb_dir())?;
-        if let Some(step) = after {
-            events.restart(step.saturating_add(1), unix_now())?;
-        }
+        // Also for a run begun anew in its folder: what an earlier event file holds is void.
+        events.restart(after.map_or(0, |step| step.saturating_add(1)), unix_now())?;
         events.layout(unix_now(), &default_layout())?;
         events.flush()?;
         Ok(Recorder {
@@ -238,6 +237,21 @@ mod tests {
             1,
             "a tag became a path"
         );
+    }
+
+    #[test]
+    fn a_run_begun_anew_has_nothing_of_the_old_one() {
+        let tmp = tempfile::tempdir().unwrap();
+        let run = run(&tmp.path().join("r"));
+        for (tag, last) in [("old", 9), ("new", 3)] {
+            let mut rec = Recorder::create(&run).unwrap();
+            (0..=last).for_each(|step| rec.scalar(step, tag, 1.0).unwrap());
+            rec.finish(RunState::Finished).unwrap();
+        }
+        let metrics = read_metrics(&run.metrics_path(), 100).unwrap();
+        let events = read_dir(&run.tb_dir(), &ReadLimits::default()).unwrap();
+        assert_eq!(metrics.series.keys().collect::<Vec<_>>(), ["new"]);
+        assert_eq!(events.scalars.keys().collect::<Vec<_>>(), ["new"]);
     }
 
     #[test]

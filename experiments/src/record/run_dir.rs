@@ -68,44 +68,32 @@ impl RunDir {
     /// said; then everything made here is removed again.
     pub fn create(path: &Path, files: &RunFiles<'_>) -> Result<RunDir, RecordError> {
         let made = create_dirs(path)?;
-        Self::fill(path, files).inspect_err(|e| {
-            // Another's folder must not be cleaned; otherwise the first error is the one to tell.
-            if !matches!(e, RecordError::Locked { .. } | RecordError::Occupied { .. }) {
-                for name in [
-                    RUN_RON,
-                    RESOLVED_RON,
-                    ENV_JSON,
-                    GRAPH_TXT,
-                    STATUS_JSON,
-                    LOCK,
-                ] {
-                    let _ = fs::remove_file(path.join(name));
-                }
-                for name in [TB_DIR, CHECKPOINTS_DIR] {
-                    let _ = fs::remove_dir(path.join(name));
-                }
-                for dir in made.iter().rev() {
-                    let _ = fs::remove_dir(dir);
-                }
+        let claimed = lock(path).and_then(|lock| {
+            refuse_occupied(path)?;
+            Ok(lock)
+        });
+        let lock = claimed.inspect_err(|_| remove_empty(&made))?;
+        // From here on the folder is this run's alone, and what is in it may be taken back. The first error is the one
+        // to tell.
+        Self::fill(path, files, lock).inspect_err(|_| {
+            for name in [
+                RUN_RON,
+                RESOLVED_RON,
+                ENV_JSON,
+                GRAPH_TXT,
+                STATUS_JSON,
+                LOCK,
+            ] {
+                let _ = fs::remove_file(path.join(name));
             }
+            for name in [TB_DIR, CHECKPOINTS_DIR] {
+                let _ = fs::remove_dir(path.join(name));
+            }
+            remove_empty(&made);
         })
     }
 
-    fn fill(path: &Path, files: &RunFiles<'_>) -> Result<RunDir, RecordError> {
-        let lock = lock(path)?;
-        let old: Option<RunStatus> = read_json(&path.join(STATUS_JSON))?;
-        if let Some(old) = old {
-            return Err(RecordError::Occupied {
-                path: path.to_path_buf(),
-                state: old.state.to_string(),
-            });
-        }
-        if path.join(RESOLVED_RON).exists() || path.join(METRICS_JSONL).exists() {
-            return Err(RecordError::Occupied {
-                path: path.to_path_buf(),
-                state: "without status".to_owned(),
-            });
-        }
+    fn fill(path: &Path, files: &RunFiles<'_>, lock: File) -> Result<RunDir, RecordError> {
         for name in [TB_DIR, CHECKPOINTS_DIR] {
             let dir = path.join(name);
             fs::create_dir_all(&dir).map_err(|e| RecordError::from_io("create", &dir, e))?;
@@ -257,9 +245,7 @@ fn create_dirs(path: &Path) -> Result<Vec<PathBuf>, RecordError> {
             // Another run of the same sweep was faster with the common parent.
             Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists && dir.is_dir() => {}
             Err(e) => {
-                made.iter().rev().for_each(|d| {
-                    let _ = fs::remove_dir(d);
-                });
+                remove_empty(&made);
                 return Err(RecordError::from_io("create", dir, e));
             }
         }
@@ -269,6 +255,30 @@ fn create_dirs(path: &Path) -> Result<Vec<PathBuf>, RecordError> {
         return Err(RecordError::from_io("create", path, e));
     }
     Ok(made)
+}
+
+/// Removes folders made here, innermost first, as far as nothing lies in them.
+fn remove_empty(made: &[PathBuf]) {
+    made.iter().rev().for_each(|dir| {
+        let _ = fs::remove_dir(dir);
+    });
+}
+
+/// Fails where `path` holds a run. The status of a run is written last among its first files: without it and without
+/// curves this is a creation that died halfway, and no run.
+fn refuse_occupied(path: &Path) -> Result<(), RecordError> {
+    let old: Option<RunStatus> = read_json(&path.join(STATUS_JSON))?;
+    let state = match old {
+        Some(old) => old.state.to_string(),
+        None if path.join(METRICS_JSONL).exists() || path.join(SUMMARY_JSON).exists() => {
+            "without a status".to_owned()
+        }
+        None => return Ok(()),
+    };
+    Err(RecordError::Occupied {
+        path: path.to_path_buf(),
+        state,
+    })
 }
 
 fn lock(dir: &Path) -> Result<File, RecordError> {
@@ -303,7 +313,11 @@ fn lock(dir: &Path) -> Result<File, RecordError> {
         .and_then(|()| file.seek(SeekFrom::Start(0)))
         .and_then(|_| write!(file, "{} on {}", std::process::id(), host_name()))
         .and_then(|()| file.flush());
-    named.map_err(|e| RecordError::from_io("write", &path, e))?;
+    if let Err(e) = named {
+        // On a full disk not even the lock's file stays behind.
+        let _ = fs::remove_file(&path);
+        return Err(RecordError::from_io("write", &path, e));
+    }
     Ok(file)
 }
 
@@ -410,5 +424,26 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(message.starts_with("cannot "), "{message}");
+    }
+
+    #[test]
+    fn a_creation_that_died_halfway_is_taken_over() {
+        let tmp = tempfile::tempdir().unwrap();
+        let path = tmp.path().join("a");
+        drop(RunDir::create(&path, &files()).unwrap());
+        fs::remove_file(path.join(STATUS_JSON)).unwrap();
+        drop(RunDir::create(&path, &files()).unwrap());
+        fs::remove_file(path.join(STATUS_JSON)).unwrap();
+        fs::write(path.join(METRICS_JSONL), "").unwrap();
+        assert!(matches!(
+            RunDir::create(&path, &files()),
+            Err(RecordError::Occupied { .. })
+        ));
+        fs::write(path.join(STATUS_JSON), "{").unwrap();
+        assert!(matches!(
+            RunDir::create(&path, &files()),
+            Err(RecordError::Damaged { .. })
+        ));
+        assert!(path.join(METRICS_JSONL).exists() && path.join(RESOLVED_RON).exists());
     }
 }

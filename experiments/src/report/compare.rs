@@ -167,7 +167,7 @@ pub fn compare(runs: &[RunData], options: &Options) -> Comparison {
     let mut notes = Vec::new();
     let finals: Vec<BTreeMap<String, f64>> = runs.iter().map(RunData::finals).collect();
     let metric = pick_metric(&finals, options, &mut notes);
-    let goal = options.goal.or_else(|| metric.as_deref().and_then(guess_goal)).unwrap_or_else(|| {
+    let goal = options.goal.or_else(|| metric.as_deref().and_then(Goal::of_tag)).unwrap_or_else(|| {
         if let Some(metric) = &metric {
             notes.push(format!("Whether more or less of {metric} is better is not known; less was taken as better."));
         }
@@ -243,41 +243,6 @@ pub fn compare(runs: &[RunData], options: &Options) -> Comparison {
         metrics,
         groups,
         members,
-    }
-}
-
-/// Direction by the words of a tag; `None` where they say nothing.
-fn guess_goal(tag: &str) -> Option<Goal> {
-    let tag = tag.to_lowercase();
-    let has = |words: &[&str]| words.iter().any(|w| tag.contains(w));
-    if has(&[
-        "loss",
-        "ppl",
-        "perplexity",
-        "error",
-        "bpb",
-        "nll",
-        "mse",
-        "mae",
-        "bits_per",
-    ]) {
-        Some(Goal::Lower)
-    } else if has(&[
-        "acc",
-        "recall",
-        "score",
-        "f1",
-        "bleu",
-        "rouge",
-        "precision",
-        "exact",
-        "per_sec",
-        "tps",
-        "mfu",
-    ]) {
-        Some(Goal::Higher)
-    } else {
-        None
     }
 }
 

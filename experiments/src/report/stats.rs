@@ -8,6 +8,8 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use statrs::distribution::{ContinuousCDF, StudentsT};
 
+pub use crate::record::Goal;
+
 /// Largest p-value that is called a difference.
 pub const ALPHA: f64 = 0.05;
 
@@ -79,16 +81,6 @@ fn t_quantile(dof: f64) -> Option<f64> {
 fn p_value(t: f64, dof: f64) -> Option<f64> {
     let dist = StudentsT::new(0.0, 1.0, dof).ok()?;
     Some((2.0 * dist.cdf(-t.abs())).min(1.0))
-}
-
-/// Which direction of a metric is good.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Goal {
-    /// Accuracy, score.
-    Higher,
-    /// Loss, error.
-    Lower,
 }
 
 /// How two groups were tested.
