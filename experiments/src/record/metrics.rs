@@ -285,6 +285,8 @@ mod tests {
         assert_eq!(read_metrics(&path, 1000).unwrap().warnings.len(), 1);
         write(&path, Some(7), 8..=9);
         assert_eq!(steps(&path), (1..=9).collect::<Vec<_>>());
+        // The reader would hide a step that is there twice; the file must not have it.
+        assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 9);
         let log = read_metrics(&path, 1000).unwrap();
         assert!(log.warnings.is_empty());
         assert_eq!(log.series["a"].last().unwrap().value, 3.0);

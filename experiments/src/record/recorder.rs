@@ -232,6 +232,8 @@ mod tests {
             assert_eq!(series.last().unwrap().value, 200.0);
         }
         assert!(events.warnings.is_empty() && metrics.warnings.is_empty());
+        let text = std::fs::read_to_string(run.metrics_path()).unwrap();
+        assert_eq!(text.lines().count(), 8);
         assert_eq!(
             std::fs::read_dir(tmp.path()).unwrap().count(),
             1,
