@@ -1,5 +1,6 @@
 //! A comparison for the terminal and as CSV.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
@@ -139,12 +140,16 @@ fn table(c: &Comparison, width: usize, out: &mut String) -> Vec<String> {
         if excess == 0 {
             break;
         }
-        if name.saturating_sub(excess) >= MIN_NAME.max(name / 2) {
-            let room = name - excess;
-            columns[0]
-                .cells
-                .iter_mut()
-                .for_each(|cell| *cell = shorten(cell, room));
+        let room = name.saturating_sub(excess);
+        let short: Vec<String> = columns[0]
+            .cells
+            .iter()
+            .map(|cell| shorten(cell, room))
+            .collect();
+        let distinct = |cells: &[String]| cells.iter().collect::<BTreeSet<_>>().len();
+        // A name that could be another's says less than a column left out.
+        if room >= MIN_NAME.max(name / 2) && distinct(&short) == distinct(&columns[0].cells) {
+            columns[0].cells = short;
             columns[0].head = shorten(&columns[0].head, room);
             break;
         }
@@ -186,20 +191,27 @@ fn table(c: &Comparison, width: usize, out: &mut String) -> Vec<String> {
     dropped
 }
 
-/// Cuts `text` to `width` columns, ending on an ellipsis where something was cut.
+/// Cuts `text` to `width` columns by an ellipsis in the middle: names of a sweep often differ only at their end.
 fn shorten(text: &str, width: usize) -> String {
     if text.width() <= width {
         return text.to_owned();
     }
-    let mut out = String::new();
-    for c in text.chars() {
-        if out.width() + c.width().unwrap_or(0) + 1 > width {
-            break;
-        }
-        out.push(c);
-    }
-    out.push('…');
-    out
+    let room = width.saturating_sub(1);
+    let take = |chars: &mut dyn Iterator<Item = char>, room: usize| -> Vec<char> {
+        let mut used = 0;
+        chars
+            .take_while(|c| {
+                used += c.width().unwrap_or(0);
+                used <= room
+            })
+            .collect()
+    };
+    let head = take(&mut text.chars(), room.div_ceil(2));
+    let tail = take(&mut text.chars().rev(), room / 2);
+    head.into_iter()
+        .chain(['…'])
+        .chain(tail.into_iter().rev())
+        .collect()
 }
 
 /// Breaks `text` at spaces into lines of `width` columns, the further ones indented by two.
@@ -248,8 +260,7 @@ pub fn csv(c: &Comparison) -> String {
         ]
         .map(str::to_owned),
     );
-    let axes: std::collections::BTreeSet<&String> =
-        c.groups.iter().flat_map(|g| g.axes.keys()).collect();
+    let axes: BTreeSet<&String> = c.groups.iter().flat_map(|g| g.axes.keys()).collect();
     head.extend(axes.iter().map(|a| format!("axis:{a}")));
     let float = |v: Option<f64>| v.map(|v| v.to_string()).unwrap_or_default();
     let int = |v: Option<u64>| v.map(|v| v.to_string()).unwrap_or_default();
@@ -336,6 +347,14 @@ mod tests {
         assert!(narrow.contains("Not shown for want of width"), "{narrow}");
         assert!(terminal(&c, 200).contains("ein sehr langer Name mit größe und 日本語 im Namen"));
         assert!(terminal(&compare(&[], &Options::default()), 80).contains("No run"));
+    }
+
+    #[test]
+    fn names_stay_apart_when_cut() {
+        let cut = ["mamba2+attn 1:4", "mamba2+attn 1:4 moe"].map(|name| shorten(name, 12));
+        assert_eq!(cut, ["mamba2…n 1:4", "mamba2…4 moe"]);
+        assert!(shorten("日本語日本語", 7).width() <= 7);
+        assert_eq!(shorten("short", 12), "short");
     }
 
     #[test]
