@@ -313,3 +313,92 @@ pub fn origin(g: &Graph, v: ValueId) -> String {
         Def::External(_) => g.value(v).name.clone(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arbitrary::{Kind, Sample, training};
+    use crate::op::{AdamW, Bin, Concat, Pointwise, Un};
+    use crate::{DType, External, Letter, Place, Type, dims};
+
+    fn toy(layers: Vec<Kind>) -> Graph {
+        training(&Sample {
+            layers,
+            batch: 2,
+            time: 8,
+            d_model: 16,
+            tied: false,
+            dtype: DType::F32,
+        })
+        .unwrap()
+    }
+
+    #[test]
+    fn one_line_a_node() {
+        let at = Place {
+            path: "layers[0].ffn".into(),
+            block: Some(0),
+            phase: Phase::Forward,
+        };
+        let mut g = Graph::new();
+        let x = g.add_external(External::Input, "x", Type::f32(dims![B 2, D 4]));
+        let mut p = Pointwise::new(1);
+        let s = p.un(Un::Sigmoid, 0);
+        let (a, b) = (p.bin(Bin::Mul, 0, s), p.bin(Bin::Add, s, s));
+        let r = g.push(p.out(a).out(b), vec![Some(x)], &at).unwrap();
+        let op = Concat { letter: Letter::D };
+        let y = g.push(op, r.into_iter().map(Some).collect(), &at).unwrap()[0];
+        g.outputs.push(("y".into(), y));
+        assert_eq!(
+            g.to_string(),
+            "%0 input x f32[B2 D4]\n\
+             forward:\n\
+             \x20 %1, %2 = pointwise(x0=%0) {t1 = sigmoid(x0); x0*t1; (t1 + t1)} : f32[B2 D4], f32[B2 D4]  // layers[0].ffn\n\
+             \x20 %3 = concat(x0=%1, x1=%2) : f32[B2 D8]  // layers[0].ffn\n\
+             outputs:\n\
+             \x20 y = %3\n"
+        );
+    }
+
+    #[test]
+    fn variadic_arguments_are_numbered() {
+        let op: Op = AdamW {
+            betas: (0.9, 0.95),
+            eps: 1e-8,
+            clip: None,
+            tensors: Vec::new(),
+        }
+        .into();
+        let names: Vec<String> = (0..9).map(|i| arg_name(&op, i)).collect();
+        assert_eq!(names.join(" "), "lr step norm p0 g0 m0 v0 p1 g1");
+    }
+
+    #[test]
+    fn equal_layers_fold() {
+        let lines = |layers| compact(&toy(layers)).lines().count();
+        let pattern = vec![Kind::Ffn, Kind::Ssd, Kind::Attention];
+        let (short, long) = (lines(pattern.repeat(4)), lines(pattern.repeat(12)));
+        // The first and last layer of a run may differ by what ends there.
+        assert_eq!(short, long);
+        let text = compact(&toy(pattern.repeat(12)));
+        assert!(text.contains("... and the same"), "{text}");
+        // Nothing is lost: printed nodes and folded ones are all.
+        let g = toy(pattern.repeat(12));
+        let printed = text.lines().filter(|l| l.starts_with("  %")).count();
+        let folded: usize = text
+            .lines()
+            .filter(|l| l.starts_with("  ..."))
+            .filter_map(|l| l.split(' ').rev().nth(1)?.parse::<usize>().ok())
+            .sum();
+        assert_eq!(printed + folded, g.nodes.len(), "{text}");
+    }
+
+    #[test]
+    fn counts_add_up() {
+        let g = toy(vec![Kind::Ffn, Kind::Moe]);
+        let counts = op_counts(&g);
+        let sum: usize = counts.counts.values().flatten().sum();
+        assert_eq!(sum, g.nodes.len());
+        assert!(counts.to_string().contains("rms_norm_bwd"));
+    }
+}

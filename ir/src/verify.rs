@@ -315,3 +315,266 @@ pub fn verify(g: &Graph) -> Result<(), VerifyError> {
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arbitrary::{Kind, Sample, training};
+    use crate::op::{Linear, Pointwise, Rows, Un};
+    use crate::{DType, Phase, Place, Value, dims};
+
+    fn graph() -> Graph {
+        let layers = vec![Kind::Ffn, Kind::Ssd, Kind::Attention];
+        let (batch, time, d_model) = (2, 8, 16);
+        let (tied, dtype) = (false, DType::F32);
+        let g = training(&Sample {
+            layers,
+            batch,
+            time,
+            d_model,
+            tied,
+            dtype,
+        })
+        .unwrap();
+        verify(&g).unwrap();
+        g
+    }
+
+    fn at() -> Place {
+        Place {
+            path: "test".into(),
+            block: None,
+            phase: Phase::Forward,
+        }
+    }
+
+    fn first(g: &Graph, name: &str) -> usize {
+        g.nodes.iter().position(|n| n.op.name() == name).unwrap()
+    }
+
+    /// Breaks one thing and returns what the verifier says.
+    fn broken(edit: impl FnOnce(&mut Graph)) -> VerifyError {
+        let mut g = graph();
+        edit(&mut g);
+        verify(&g).unwrap_err()
+    }
+
+    macro_rules! assert_fault {
+        ($error:expr, $fault:pat) => {
+            let e = $error;
+            assert!(matches!(*e.fault, $fault), "{e}");
+        };
+    }
+
+    #[test]
+    fn ids_out_of_range() {
+        let e = broken(|g| g.nodes[5].args[0] = Some(ValueId(1_000_000)));
+        assert_eq!(e.node, Some(NodeId(5)));
+        assert!(e.to_string().contains("this is a bug in marimba\n"), "{e}");
+        assert!(e.to_string().contains("\n> "), "{e}");
+        assert_fault!(e, Fault::UnknownValue { .. });
+        assert_fault!(
+            broken(|g| g.nodes[5].results[0] = ValueId(1_000_000)),
+            Fault::UnknownValue { .. }
+        );
+        assert_fault!(
+            broken(|g| g.outputs[0].1 = ValueId(1_000_000)),
+            Fault::UnknownOutput { .. }
+        );
+        assert_fault!(
+            broken(|g| g.taps[0].1 = ValueId(1_000_000)),
+            Fault::UnknownTap { .. }
+        );
+    }
+
+    #[test]
+    fn definitions() {
+        assert_fault!(
+            broken(|g| {
+                let (a, b) = (first(g, "embed"), first(g, "rms_norm"));
+                g.nodes.swap(a, b);
+            }),
+            Fault::UseBeforeDefinition { .. }
+        );
+        assert_fault!(
+            broken(|g| {
+                let again = g.nodes[1].clone();
+                g.nodes.push(again);
+            }),
+            Fault::DefinedTwice { .. }
+        );
+        assert_fault!(
+            broken(|g| {
+                let v = g.nodes[0].results[0];
+                g.values[v.index()].def = Def::Node {
+                    node: NodeId(3),
+                    result: 0,
+                };
+            }),
+            Fault::WrongDefinition { .. }
+        );
+        assert_fault!(
+            broken(|g| {
+                g.values.push(Value {
+                    ty: Type::scalar(),
+                    def: Def::Node {
+                        node: NodeId(0),
+                        result: 7,
+                    },
+                    name: String::new(),
+                });
+            }),
+            Fault::NeverDefined { .. }
+        );
+    }
+
+    #[test]
+    fn types() {
+        assert_fault!(
+            broken(|g| {
+                let v = g.nodes[first(g, "linear")].results[0];
+                g.values[v.index()].ty.dims[0].size += 1;
+            }),
+            Fault::WrongType { .. }
+        );
+        assert_fault!(
+            broken(|g| {
+                let v = g.nodes[first(g, "linear")].results[0];
+                g.values[v.index()].ty.dtype = DType::Bf16;
+            }),
+            Fault::WrongType { .. }
+        );
+        assert_fault!(
+            broken(|g| {
+                let n = first(g, "linear");
+                g.nodes[n].args[1] = g.nodes[n].args[0];
+            }),
+            Fault::IllTyped(_)
+        );
+        assert_fault!(
+            broken(|g| {
+                let n = first(g, "rms_norm");
+                g.nodes[n].results.pop();
+            }),
+            Fault::ResultCount {
+                found: 1,
+                expected: 2
+            }
+        );
+    }
+
+    #[test]
+    fn memory_written_over() {
+        // Reading a gradient buffer after it was accumulated into.
+        let e = broken(|g| {
+            let n = first(g, "accumulate");
+            let into = g.nodes[n].args[0].unwrap();
+            let v = g
+                .push(Pointwise::map(Un::Exp), vec![Some(into)], &at())
+                .unwrap()[0];
+            g.outputs.push(("late".into(), v));
+        });
+        assert_fault!(e, Fault::Overwritten { .. });
+        // The same through a view of the same memory.
+        let e = broken(|g| {
+            let n = first(g, "accumulate");
+            let into = g.nodes[n].args[0].unwrap();
+            let dims = g.ty(into).dims.clone();
+            let view = g
+                .push(crate::op::Reshape { dims }, vec![Some(into)], &at())
+                .unwrap()[0];
+            let mut nodes = g.nodes.clone();
+            let node = nodes.pop().unwrap();
+            nodes.insert(n, node);
+            *g = g.rebuild(&nodes, &Default::default());
+            // Values are numbered anew: the view is the result of node n.
+            let view = g.nodes[n].results.first().copied().unwrap_or(view);
+            g.push(Pointwise::map(Un::Exp), vec![Some(view)], &at())
+                .unwrap();
+        });
+        assert_fault!(e, Fault::Overwritten { .. });
+        // Accumulating a buffer into itself.
+        let e = broken(|g| {
+            let n = first(g, "accumulate");
+            g.nodes[n].args[2] = g.nodes[n].args[0];
+        });
+        assert_fault!(e, Fault::OverwrittenWhileRead { .. });
+        // Accumulating into a constant or an input.
+        let e = broken(|g| {
+            let n = first(g, "accumulate");
+            let into = g.nodes[n].args[0].unwrap();
+            g.values[into.index()].def = Def::External(External::Input);
+        });
+        assert_fault!(e, Fault::OverwritesReadOnly { word: "input", .. });
+        // An output that another accumulation wrote over.
+        let e = broken(|g| {
+            let n = g.nodes.len() - 1;
+            let stale = g
+                .outputs
+                .iter()
+                .position(|(n, _)| n.starts_with("grad:"))
+                .unwrap();
+            let (buffer, keep) = (g.outputs[stale].1, g.nodes[n].args[1]);
+            let op = crate::op::Accumulate {
+                start: 0,
+                len: g.ty(buffer).size(0),
+            };
+            g.push(op, vec![Some(buffer), keep, None], &at()).unwrap();
+        });
+        assert_fault!(e, Fault::OutputOverwritten { .. });
+    }
+
+    #[test]
+    fn externals_and_outputs() {
+        assert_fault!(
+            broken(|g| {
+                let w = first(g, "linear");
+                let x = g.nodes[w].args[0];
+                let n = g.ty(x.unwrap()).size(0);
+                g.push(Rows { start: 0, len: n }, vec![x], &at()).unwrap();
+            }),
+            Fault::RowsOfNoParam { .. }
+        );
+        assert_fault!(
+            broken(|g| {
+                let v = g.values[0].clone();
+                g.values.push(v);
+            }),
+            Fault::DuplicateExternal { word: "input", .. }
+        );
+        assert_fault!(
+            broken(|g| {
+                g.add_external(
+                    External::Const(vec![1.0; 3]),
+                    "short",
+                    Type::f32(dims![X 4]),
+                );
+            }),
+            Fault::ConstLength { .. }
+        );
+        assert_fault!(
+            broken(|g| {
+                let o = g.outputs[0].clone();
+                g.outputs.push(o);
+            }),
+            Fault::DuplicateOutput { .. }
+        );
+        assert_fault!(
+            broken(|g| g.outputs.retain(|(n, _)| n != "grad:embedding")),
+            Fault::GradNoOutput { .. }
+        );
+    }
+
+    #[test]
+    fn errors_name_node_and_path() {
+        let mut g = graph();
+        let n = first(&g, "linear");
+        let x = g.nodes[n].args[0];
+        g.push(Linear, vec![x, g.nodes[n].args[1], None], &at())
+            .unwrap();
+        let last = g.nodes.len() - 1;
+        g.nodes[last].args[0] = Some(ValueId(9_999_999));
+        let e = verify(&g).unwrap_err();
+        assert!(e.at.ends_with("linear of test"), "{e}");
+    }
+}

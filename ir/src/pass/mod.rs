@@ -11,6 +11,7 @@ mod fuse_loss;
 mod fuse_pointwise;
 mod probe;
 mod recompute;
+mod schedule;
 
 pub use activation_loss::add_activation_loss;
 pub use dce::dce;
@@ -19,6 +20,7 @@ pub use fuse_loss::fuse_loss;
 pub use fuse_pointwise::fuse_pointwise;
 pub use probe::{Taps, probe};
 pub use recompute::{RecomputePolicy, recompute};
+pub use schedule::schedule;
 
 use crate::{Graph, Node, TypeError, ValueId, VerifyError, verify};
 
@@ -34,16 +36,19 @@ pub struct Config {
     pub probe: Taps,
     /// Whether parameter gradients get statistics.
     pub probe_grads: bool,
+    /// Reorder nodes where that lowers the peak.
+    pub schedule: bool,
 }
 
 impl Default for Config {
-    /// Fused, nothing recomputed, nothing probed.
+    /// Fused and scheduled, nothing recomputed, nothing probed.
     fn default() -> Self {
         Config {
             fuse: true,
             recompute: RecomputePolicy::None,
             probe: Taps::None,
             probe_grads: false,
+            schedule: true,
         }
     }
 }
@@ -116,6 +121,10 @@ pub const PIPELINE: &[Pass] = &[
     Pass {
         name: "recompute",
         run: recompute,
+    },
+    Pass {
+        name: "schedule",
+        run: schedule,
     },
 ];
 

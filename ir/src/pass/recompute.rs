@@ -16,9 +16,12 @@ pub enum RecomputePolicy {
     /// None.
     #[default]
     None,
-    /// All.
+    /// Of all blocks what costs next to no operations: elementwise programs, norms, rotations and copies, where their arguments wait
+    /// for backward anyway.
+    Cheap,
+    /// All blocks, whole.
     Block,
-    /// As few floating point operations' worth of blocks as bring the arena down to this many bytes.
+    /// As little as brings the arena down to this many bytes: first what is cheap, block by block, then whole blocks.
     Budget(usize),
 }
 
@@ -29,29 +32,28 @@ pub enum RecomputePolicy {
 pub fn recompute(g: &Graph, config: &Config) -> Result<Graph, PassError> {
     let budget_bytes = match config.recompute {
         RecomputePolicy::None => return Ok(g.clone()),
-        RecomputePolicy::Block => None,
-        RecomputePolicy::Budget(bytes) => Some(bytes),
+        RecomputePolicy::Cheap => return Ok(repeat(g, &by_worth(&repeatable(g, Level::Cheap)))),
+        RecomputePolicy::Block => return Ok(repeat(g, &by_worth(&repeatable(g, Level::Whole)))),
+        RecomputePolicy::Budget(bytes) => bytes,
     };
-    let blocks = repeatable(g);
-    let Some(budget_bytes) = budget_bytes else {
-        return Ok(repeat(g, &blocks.iter().collect::<Vec<_>>()));
+    let (cheap, whole) = (repeatable(g, Level::Cheap), repeatable(g, Level::Whole));
+    let (cheap, whole) = (by_worth(&cheap), by_worth(&whole));
+    // The first k steps: the cheap part of one block more, then one block more as a whole.
+    let steps = cheap.len() + whole.len();
+    let attempt = |k: usize| -> Result<(Graph, usize), PassError> {
+        let whole = &whole[..k.saturating_sub(cheap.len())];
+        let mut chosen: Vec<&Block> = cheap[..k.min(cheap.len())].to_vec();
+        chosen.retain(|c| whole.iter().all(|w| w.block != c.block));
+        chosen.extend(whole);
+        let graph = repeat(g, &chosen);
+        let bytes = plan(&super::schedule(&graph, config)?).arena_bytes;
+        Ok((graph, bytes))
     };
-    // Most bytes for an operation first; earlier blocks first among equals, since their values wait longest.
-    let mut order: Vec<&Block> = blocks.iter().collect();
-    order.sort_by(|a, b| {
-        let (x, y) = (a.saved_bytes * b.flops, b.saved_bytes * a.flops);
-        y.total_cmp(&x).then(a.block.cmp(&b.block))
-    });
-    let attempt = |k: usize| {
-        let graph = repeat(g, &order[..k]);
-        let bytes = plan(&graph).arena_bytes;
-        (graph, bytes)
-    };
-    let (mut low, mut high) = (0, order.len());
+    let (mut low, mut high) = (0, steps);
     let mut best = None;
     while low <= high {
         let k = low + (high - low) / 2;
-        let (graph, bytes) = attempt(k);
+        let (graph, bytes) = attempt(k)?;
         if bytes <= budget_bytes {
             best = Some(graph);
             match k.checked_sub(1) {
@@ -65,13 +67,40 @@ pub fn recompute(g: &Graph, config: &Config) -> Result<Graph, PassError> {
     match best {
         Some(graph) => Ok(graph),
         None => {
-            let all = (0..=order.len()).map(|k| attempt(k).1);
+            // More recomputation is not always less memory: look at every step before giving up.
+            let mut smallest_bytes = usize::MAX;
+            for k in 0..=steps {
+                let (graph, bytes) = attempt(k)?;
+                if bytes <= budget_bytes {
+                    return Ok(graph);
+                }
+                smallest_bytes = smallest_bytes.min(bytes);
+            }
             Err(PassError::Budget {
                 budget_bytes,
-                smallest_bytes: all.min().unwrap_or(0),
+                smallest_bytes,
             })
         }
     }
+}
+
+/// How much of a block may run again.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Level {
+    /// What costs next to no operations and needs nothing that would not be there.
+    Cheap,
+    /// Everything.
+    Whole,
+}
+
+/// Most bytes for an operation first; earlier blocks first among equals, since their values wait longest.
+fn by_worth(blocks: &[Block]) -> Vec<&Block> {
+    let mut order: Vec<&Block> = blocks.iter().collect();
+    order.sort_by(|a, b| {
+        let (x, y) = (a.saved_bytes * b.flops, b.saved_bytes * a.flops);
+        y.total_cmp(&x).then(a.block.cmp(&b.block))
+    });
+    order
 }
 
 /// A block and what repeating it means.
@@ -87,16 +116,52 @@ struct Block {
     flops: f64,
 }
 
-/// Whether a node may run twice: it writes nothing, and it takes no decision.
+/// Whether a node may run twice: it writes nothing, it takes no decision, and it is more than a name for rows of a parameter.
 fn may_repeat(node: &Node) -> bool {
     let writes =
         (0..node.results.len()).any(|i| matches!(node.alias(i), Some(Alias::InPlace { .. })));
-    let decides = matches!(node.op, Op::Route(_) | Op::Dispatch(_) | Op::Stat(_));
-    node.phase == Phase::Forward && node.block.is_some() && !writes && !decides
+    let stays = matches!(
+        node.op,
+        Op::Route(_) | Op::Dispatch(_) | Op::Stat(_) | Op::Rows(_)
+    );
+    node.phase == Phase::Forward && node.block.is_some() && !writes && !stays
+}
+
+/// Whether a node costs next to no operations.
+fn is_cheap(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::Pointwise(_)
+            | Op::RmsNorm(_)
+            | Op::Rope(_)
+            | Op::Cast(_)
+            | Op::Concat(_)
+            | Op::Split(_)
+            | Op::Reshape(_)
+            | Op::GatherRows(_)
+    )
+}
+
+/// Values that cheap nodes can make again from externals and from what backward reads in any case.
+fn cheap_values(g: &Graph, uses: &Uses) -> Vec<bool> {
+    let waits = |v: ValueId| {
+        let mut readers = uses.readers(v).iter();
+        g.external(v).is_some() || readers.any(|&r| g.nodes[r as usize].phase == Phase::Backward)
+    };
+    let mut cheap = vec![false; g.values.len()];
+    for node in &g.nodes {
+        let here = may_repeat(node)
+            && is_cheap(&node.op)
+            && node.present_args().all(|a| waits(a) || cheap[a.index()]);
+        for r in &node.results {
+            cheap[r.index()] = here;
+        }
+    }
+    cheap
 }
 
 /// All blocks in which something can be computed again.
-fn repeatable(g: &Graph) -> Vec<Block> {
+fn repeatable(g: &Graph, level: Level) -> Vec<Block> {
     let at = definers(g, &g.nodes);
     let uses = Uses::of(g, &g.nodes);
     // A value that another block reads in forward, or the host, is kept in any case.
@@ -107,11 +172,13 @@ fn repeatable(g: &Graph) -> Vec<Block> {
                 reader.phase == Phase::Forward && reader.block != block
             })
     };
+    let cheap = cheap_values(g, &uses);
     // The node to run again for `v`, if that is how it is to be had.
     let again = |v: ValueId, block: Option<u32>| -> Option<usize> {
         let n = at[v.index()]? as usize;
         let node = &g.nodes[n];
-        (may_repeat(node) && node.block == block && !kept(v, block)).then_some(n)
+        let here = may_repeat(node) && (level == Level::Whole || cheap[v.index()]);
+        (here && node.block == block && !kept(v, block)).then_some(n)
     };
     let mut wanted: BTreeMap<u32, (BTreeSet<usize>, BTreeSet<usize>)> = BTreeMap::new();
     for (i, reader) in g.nodes.iter().enumerate() {

@@ -192,6 +192,15 @@ fn recomputation_lowers_memory_and_counts_its_operations() {
     assert_eq!(a.recompute_flops, 0.0);
     assert!(b.recompute_flops > 0.5 * a.forward_flops && b.recompute_flops < a.forward_flops);
     assert_eq!(a.model_flops(), b.model_flops());
+    let cheap = Config {
+        recompute: RecomputePolicy::Cheap,
+        ..Config::default()
+    };
+    let cheap = run_passes(&g, &cheap).unwrap();
+    let c = crate::cost::costs(&cheap).recompute_flops;
+    assert!(c > 0.0 && c < 0.1 * a.forward_flops, "{c}");
+    assert!(plan(&cheap).arena_bytes < plan(&none).arena_bytes);
+    assert_eq!(meaning(&cheap), meaning(&g));
     let (most, least) = (plan(&none).arena_bytes, plan(&block).arena_bytes);
     assert!(least * 2 < most, "{least} of {most}");
 
