@@ -1,1 +1,3 @@
 //! Suites that look at every crate from outside.
+
+pub mod graphs;
