@@ -92,8 +92,11 @@ pub fn plan(g: &Graph) -> Plan {
     }
 }
 
-/// Orders of placement; smaller keys come first.
-const ORDERS: [fn(&Lifetime) -> (u128, usize); 4] = [
+/// What values are placed by; smaller keys come first.
+type Key = (u128, usize);
+
+/// Orders of placement.
+const ORDERS: [fn(&Lifetime) -> Key; 4] = [
     |l| (u128::MAX - l.bytes as u128, l.first),
     |l| (u128::MAX - l.bytes as u128 * l.span(), l.first),
     |l| (u128::MAX - l.span(), usize::MAX - l.bytes),

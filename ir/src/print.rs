@@ -376,7 +376,7 @@ mod tests {
     #[test]
     fn equal_layers_fold() {
         let lines = |layers| compact(&toy(layers)).lines().count();
-        let pattern = vec![Kind::Ffn, Kind::Ssd, Kind::Attention];
+        let pattern = [Kind::Ffn, Kind::Ssd, Kind::Attention];
         let (short, long) = (lines(pattern.repeat(4)), lines(pattern.repeat(12)));
         // The first and last layer of a run may differ by what ends there.
         assert_eq!(short, long);
