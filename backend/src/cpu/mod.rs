@@ -26,6 +26,7 @@ mod rms_norm;
 mod rope;
 mod route;
 mod simd;
+mod selective_scan;
 mod ssd;
 mod stat;
 mod tensor;
