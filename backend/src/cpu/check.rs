@@ -166,7 +166,7 @@ pub(super) fn gradient(
 ) {
     assert_eq!(got.len(), args[which].len(), "{what}");
     assert!(got.iter().all(|g| g.is_finite()), "{what}: not all finite");
-    let scale = got.iter().fold(1e-2f64, |m, &v| m.max(f64::from(v).abs()));
+    let scale = got.iter().fold(1e-1f64, |m, &v| m.max(f64::from(v).abs()));
     let mut args = args.to_vec();
     // A step without common factors with usual sizes visits all residues.
     let step = (got.len() / samples).max(1) | 1;

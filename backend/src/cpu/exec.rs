@@ -2,8 +2,8 @@
 
 use super::tensor::{Args, Cx, Results};
 use super::{
-    adamw, cache_write, cast, causal_conv1d, concat, embed, linear, linear_cross_entropy, moe,
-    pointwise, reduce, rms_norm, rope, route, ssd, stat, view,
+    adamw, attention, cache_write, cast, causal_conv1d, concat, embed, gated_delta, linear, linear_cross_entropy, moe,
+    pointwise, reduce, rms_norm, rope, route, selective_scan, ssd, stat, view,
 };
 use marimba_ir::op::Op;
 
@@ -12,7 +12,6 @@ use marimba_ir::op::Op;
 /// # Errors
 /// The reason why the op cannot run here.
 pub(super) fn call(op: &Op, a: &Args, r: &mut Results, cx: &Cx) -> Result<(), &'static str> {
-    const LATER: Result<(), &str> = Err("the native backend has no kernel for it");
     match op {
         Op::Embed(op) => embed::embed(op, a, r, cx),
         Op::EmbedBwd(op) => embed::embed_bwd(op, a, r, cx),
@@ -22,16 +21,16 @@ pub(super) fn call(op: &Op, a: &Args, r: &mut Results, cx: &Cx) -> Result<(), &'
         Op::RmsNorm(op) => rms_norm::rms_norm(op, a, r, cx),
         Op::RmsNormBwd(op) => rms_norm::rms_norm_bwd(op, a, r, cx),
         Op::Rope(op) => rope::rope(op, a, r, cx),
-        Op::Attention(_) => return LATER,
-        Op::AttentionBwd(_) => return LATER,
+        Op::Attention(op) => attention::attention(op, a, r, cx),
+        Op::AttentionBwd(op) => attention::attention_bwd(op, a, r, cx),
         Op::CausalConv1d(op) => causal_conv1d::causal_conv1d(op, a, r, cx),
         Op::CausalConv1dBwd(op) => causal_conv1d::causal_conv1d_bwd(op, a, r, cx),
-        Op::SelectiveScan(_) => return LATER,
-        Op::SelectiveScanBwd(_) => return LATER,
+        Op::SelectiveScan(op) => selective_scan::selective_scan(op, a, r, cx),
+        Op::SelectiveScanBwd(op) => selective_scan::selective_scan_bwd(op, a, r, cx),
         Op::Ssd(op) => ssd::ssd(op, a, r, cx),
         Op::SsdBwd(op) => ssd::ssd_bwd(op, a, r, cx),
-        Op::GatedDelta(_) => return LATER,
-        Op::GatedDeltaBwd(_) => return LATER,
+        Op::GatedDelta(op) => gated_delta::gated_delta(op, a, r, cx),
+        Op::GatedDeltaBwd(op) => gated_delta::gated_delta_bwd(op, a, r, cx),
         Op::CacheWrite(op) => cache_write::cache_write(op, a, r, cx),
         Op::Pointwise(op) => pointwise::pointwise(op, a, r, cx),
         Op::Route(op) => route::route(op, a, r, cx),

@@ -4,6 +4,7 @@
 //! run to run and for every number of threads.
 
 mod adamw;
+mod attention;
 mod bind;
 mod cache_write;
 mod cast;
@@ -13,6 +14,7 @@ mod check;
 mod concat;
 mod embed;
 mod exec;
+mod gated_delta;
 mod linear;
 mod linear_cross_entropy;
 mod math;
@@ -25,8 +27,8 @@ mod reduce;
 mod rms_norm;
 mod rope;
 mod route;
-mod simd;
 mod selective_scan;
+mod simd;
 mod ssd;
 mod stat;
 mod tensor;
