@@ -2,8 +2,9 @@
 
 use super::tensor::{Args, Cx, Results};
 use super::{
-    adamw, attention, cache_write, cast, causal_conv1d, concat, embed, gated_delta, linear, linear_cross_entropy, moe,
-    pointwise, reduce, rms_norm, rope, route, selective_scan, ssd, stat, view,
+    adamw, attention, cache_write, cast, causal_conv1d, concat, embed, gated_delta, linear,
+    linear_cross_entropy, moe, pointwise, reduce, rms_norm, rope, route, selective_scan, ssd, stat,
+    view,
 };
 use marimba_ir::op::Op;
 
