@@ -12,19 +12,24 @@
 //! Not here: training, batching policy, devices. Targets are already shifted: `targets[t]` is what `tokens[..=t]`
 //! should predict.
 
+pub mod bench;
 pub mod error;
 pub mod mmap;
 pub mod open;
 pub mod order;
 pub mod pipeline;
+pub mod plots;
+pub mod prepare;
 pub mod rng;
 pub mod rows;
 pub mod source;
 pub mod tasks;
 pub mod text;
+pub mod tokenizer;
+pub mod verbs;
 
 pub use error::DataError;
-pub use open::open;
+pub use open::{open, open_pipeline};
 
 use serde::{Deserialize, Serialize};
 
@@ -217,6 +222,17 @@ pub struct LaneState {
     pub window: pipeline::window::WindowState,
 }
 
+/// A piece's place for people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Located {
+    /// Name of the dataset.
+    pub dataset: String,
+    /// The file, or what stands for one.
+    pub file: String,
+    /// Number of the document in that file.
+    pub index: u64,
+}
+
 /// What a score of an evaluation set means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Metric {
@@ -270,6 +286,16 @@ pub trait Loader: Send {
     /// # Errors
     /// [`DataError::NoSuchEvalSet`], and whatever reading can fail with.
     fn eval_batch(&self, set: usize, start: u64, rows: usize) -> Result<Batch, DataError>;
+
+    /// Where a piece of a training row lies.
+    fn locate(&self, piece: &Piece) -> Located;
+
+    /// The global rows that hold a part of document `doc` of dataset `dataset` in its epoch `epoch`, in ascending order, computed and not
+    /// looked up. Empty when there is no such document or epoch.
+    ///
+    /// # Errors
+    /// Whatever reading document lengths can fail with.
+    fn rows_of(&self, dataset: &str, doc: u64, epoch: u64) -> Result<Vec<u64>, DataError>;
 
     /// Training tokens given so far per dataset of the mixture, in its order, by name.
     fn tokens_by_dataset(&self) -> Vec<(String, u64)> {

@@ -1,12 +1,29 @@
 //! From the data of a checked run to a loader.
 
+use super::order::OrderMode;
+use super::pipeline::docs::Framing;
+use super::pipeline::prefetch::Prefetch;
+use super::pipeline::{Dataset, OnBad, Phase, Pipeline, PipelineSpec};
+use super::prepare::{PrepareSpec, cached, inputs_of};
 use super::rows::RowLoader;
+use super::source::Documents;
+use super::source::files::Files;
+use super::source::format::{Columns, Format};
+use super::source::shards::{MANIFEST, ShardDocs};
 use super::tasks::Task;
 use super::text::{TextRows, TextSpec};
+use super::tokenizer::{self, Tokenize};
 use super::{DataError, Loader, Worker};
-use marimba_dsl::data::{Data, Tokenizer};
+use marimba_dsl::data::{Data, Text, Tokenizer, Tokens};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Rows per shuffle block of a lane.
+const WINDOW: u64 = 8;
 
 /// Opens `data` for rows of `seq_len` inputs, as `worker` of a fleet. `seed` is the run's, for data that does not state its own.
+///
+/// Documents are read ahead in a thread of their own; closed-form rows cost too little for that.
 ///
 /// # Errors
 /// [`DataError`]: files missing, empty, too short or damaged; parameters out of range.
@@ -16,8 +33,23 @@ pub fn open(
     seed: u64,
     worker: Worker,
 ) -> Result<Box<dyn Loader>, DataError> {
+    Ok(match open_rows(data, seq_len, seed, worker)? {
+        Some(rows) => rows,
+        None => Box::new(Prefetch::new(Box::new(open_pipeline(
+            data, seq_len, seed, worker,
+        )?))),
+    })
+}
+
+/// Data whose rows have a closed form, or `None`.
+fn open_rows(
+    data: &Data,
+    seq_len: usize,
+    seed: u64,
+    worker: Worker,
+) -> Result<Option<Box<dyn Loader>>, DataError> {
     match data {
-        Data::Text(d) if d.tokenizer == Tokenizer::Bytes => {
+        Data::Text(d) if d.tokenizer == Tokenizer::Bytes && is_plain_text(&d.path)? => {
             let spec = TextSpec {
                 paths: vec![d.path.clone()],
                 seq_len,
@@ -26,15 +58,285 @@ pub fn open(
                 raw_bytes: d.raw_bytes,
                 seed: d.seed.unwrap_or(seed),
             };
-            Ok(Box::new(RowLoader::new(TextRows::open(spec)?, worker)))
+            Ok(Some(Box::new(RowLoader::new(
+                TextRows::open(spec)?,
+                worker,
+            ))))
         }
-        Data::Text(_) | Data::Tokens(_) | Data::Mixture(_) => Err(DataError::Parameter(format!(
-            "{} data cannot be opened by this build",
-            data.kind()
-        ))),
-        task => Ok(Box::new(RowLoader::new(
+        Data::Text(_) | Data::Tokens(_) | Data::Mixture(_) => Ok(None),
+        task => Ok(Some(Box::new(RowLoader::new(
             Task::from_data(task, seq_len, seed)?,
             worker,
-        ))),
+        )))),
+    }
+}
+
+/// Whether all files at `path` are text without structure.
+fn is_plain_text(path: &Path) -> Result<bool, DataError> {
+    for file in inputs_of(&[path.into()])? {
+        if Format::of(&file)? != Format::Text {
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// What a data item of documents comes to.
+struct Opened {
+    dataset: Dataset,
+    vocab_size: usize,
+    eos: Option<u32>,
+    valid_rows: u64,
+}
+
+/// Opens data of documents: text with a tokenizer, token shards, mixtures of both.
+///
+/// # Errors
+/// As [`open`], and [`DataError::Parameter`] for data that is not made of documents.
+pub fn open_pipeline(
+    data: &Data,
+    seq_len: usize,
+    seed: u64,
+    worker: Worker,
+) -> Result<Pipeline, DataError> {
+    let parts: Vec<(f64, &Data)> = match data {
+        Data::Mixture(parts) => parts.iter().map(|p| (p.weight, &p.data)).collect(),
+        one => vec![(1.0, one)],
+    };
+    let (mut opened, mut weights, mut own_seed) = (Vec::new(), Vec::new(), None);
+    for (i, (weight, part)) in parts.iter().enumerate() {
+        let one = match part {
+            Data::Text(d) => {
+                own_seed = own_seed.or(d.seed);
+                open_text(d)?
+            }
+            Data::Tokens(d) => {
+                own_seed = own_seed.or(d.seed);
+                open_tokens(d)?
+            }
+            other => {
+                let text = format!(
+                    "{} (part {i}) is not made of documents; a mixture holds Text and Tokens",
+                    other.kind()
+                );
+                return Err(DataError::Parameter(text));
+            }
+        };
+        weights.push(*weight);
+        opened.push(one);
+    }
+    // Datasets in folders of one name are told apart by their number.
+    let names: Vec<String> = opened.iter().map(|o| o.dataset.name.clone()).collect();
+    for (i, one) in opened.iter_mut().enumerate() {
+        if names.iter().filter(|n| **n == names[i]).count() > 1 {
+            one.dataset.name = format!("{}.{i}", names[i]);
+        }
+    }
+    let largest = opened
+        .iter()
+        .map(|o| o.dataset.docs.n_docs())
+        .max()
+        .unwrap_or(0);
+    let spec = PipelineSpec {
+        seq_len,
+        // A function of the data alone: about 64 documents a lane, 1,024 lanes at most.
+        lanes: 1 << (largest / 64).max(1).ilog2().min(10),
+        window: WINDOW,
+        order: OrderMode::Default,
+        seed: own_seed.unwrap_or(seed),
+        framing: Framing {
+            eos: opened.iter().find_map(|o| o.eos),
+            vocab_size: opened.iter().map(|o| o.vocab_size).max().unwrap_or(0),
+            ..Framing::default()
+        },
+        on_bad: OnBad::Stop,
+        phases: vec![Phase {
+            start_row: 0,
+            weights,
+        }],
+        valid_rows: opened.iter().map(|o| o.valid_rows).max().unwrap_or(0),
+    };
+    Pipeline::new(
+        opened.into_iter().map(|o| o.dataset).collect(),
+        spec,
+        worker,
+    )
+}
+
+fn valid_docs(n_docs: u64, fraction: f64) -> Result<u64, DataError> {
+    if !(0.0..1.0).contains(&fraction) {
+        return Err(DataError::Parameter(format!(
+            "valid_fraction is {fraction}; expected 0 up to, not including, 1"
+        )));
+    }
+    let wanted = (n_docs as f64 * fraction).round() as u64;
+    // A part asked for is not empty where there is something to give.
+    Ok(if fraction > 0.0 {
+        wanted.max(1).min(n_docs.saturating_sub(1))
+    } else {
+        0
+    })
+}
+
+fn name_of(path: &Path) -> String {
+    path.file_stem().map_or_else(
+        || path.display().to_string(),
+        |n| n.to_string_lossy().into_owned(),
+    )
+}
+
+fn open_text(d: &Text) -> Result<Opened, DataError> {
+    let file = match &d.tokenizer {
+        Tokenizer::Bytes => None,
+        Tokenizer::File(path) => Some(path.as_path()),
+    };
+    let tokenizer = tokenizer::load(file)?;
+    let docs = open_documents(
+        &[d.path.clone()],
+        tokenizer.clone(),
+        &Columns::default(),
+        OnBad::Stop,
+    )?;
+    let valid_docs = valid_docs(docs.n_docs(), d.valid_fraction)?;
+    Ok(Opened {
+        dataset: Dataset {
+            name: name_of(&d.path),
+            docs,
+            valid_docs,
+        },
+        vocab_size: tokenizer.vocab_size(),
+        eos: tokenizer.eos(),
+        valid_rows: d.valid_rows,
+    })
+}
+
+fn open_tokens(d: &Tokens) -> Result<Opened, DataError> {
+    let docs = ShardDocs::open(&d.path)?;
+    let (vocab_size, eos) = (docs.manifest().vocab_size, docs.manifest().eos);
+    let valid_docs = valid_docs(docs.n_docs(), d.valid_fraction)?;
+    let dataset = Dataset {
+        name: name_of(&d.path),
+        docs: Arc::new(docs),
+        valid_docs,
+    };
+    Ok(Opened {
+        dataset,
+        vocab_size,
+        eos,
+        valid_rows: d.valid_rows,
+    })
+}
+
+/// The documents at `paths`: a folder of token shards, files with random access as they are, or, if any file has none (compressed JSON Lines,
+/// Parquet), shards prepared once in the system's temporary folder.
+///
+/// # Errors
+/// As [`open`].
+pub fn open_documents(
+    paths: &[PathBuf],
+    tokenizer: Arc<dyn Tokenize>,
+    columns: &Columns,
+    on_bad: OnBad,
+) -> Result<Arc<dyn Documents>, DataError> {
+    if let [folder] = paths
+        && folder.join(MANIFEST).exists()
+    {
+        return Ok(Arc::new(ShardDocs::open(folder)?));
+    }
+    let files = inputs_of(paths)?;
+    let mut streamed = false;
+    for file in &files {
+        streamed |= matches!(
+            Format::of(file)?,
+            Format::JsonlGzip | Format::JsonlZstd | Format::Parquet
+        );
+    }
+    if !streamed {
+        return Ok(Arc::new(Files::open(&files, columns, tokenizer)?));
+    }
+    let spec = PrepareSpec {
+        inputs: files,
+        out: PathBuf::new(),
+        tokenizer,
+        vocab_size: None,
+        columns: columns.clone(),
+        shard: (0, 1),
+        on_bad,
+    };
+    Ok(Arc::new(cached(
+        spec,
+        &std::env::temp_dir().join("marimba-data"),
+    )?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tokenizer::tests::tiny_file;
+    use super::*;
+    use marimba_dsl::data::Part;
+    use std::io::Write;
+
+    #[test]
+    fn text_with_a_tokenizer_shards_and_mixtures_open() {
+        let dir = tempfile::tempdir().expect("dir");
+        let tokenizer = Tokenizer::File(tiny_file(dir.path()));
+        let text = dir.path().join("a.jsonl");
+        std::fs::write(&text, "{\"text\":\"the cat sat the mat\"}\n".repeat(500)).expect("written");
+        let data = |path: &Path| {
+            Data::Text(Text {
+                path: path.into(),
+                tokenizer: tokenizer.clone(),
+                ..Text::default()
+            })
+        };
+        let mut plain = open(&data(&text), 7, 1, Worker::ALL).expect("opens");
+        assert_eq!((plain.vocab_size(), plain.eval_sets().len()), (6, 1));
+        let batch = plain.next(6).expect("reads");
+        assert!(
+            batch.tokens.contains(&5),
+            "documents end with the tokenizer's own token"
+        );
+
+        let gz = dir.path().join("b.jsonl.gz");
+        let mut w = flate2::write::GzEncoder::new(
+            std::fs::File::create(&gz).expect("created"),
+            flate2::Compression::fast(),
+        );
+        w.write_all(&std::fs::read(&text).expect("read"))
+            .expect("written");
+        w.finish().expect("finished");
+        let mut packed = open(&data(&gz), 7, 1, Worker::ALL).expect("opens");
+        assert_eq!(
+            packed.next(6).expect("reads").tokens,
+            batch.tokens,
+            "compression changes nothing"
+        );
+
+        let mixture = Data::Mixture(vec![
+            Part {
+                weight: 0.7,
+                data: data(&text),
+            },
+            Part {
+                weight: 0.3,
+                data: data(&gz),
+            },
+        ]);
+        let mut mixed = open(&mixture, 7, 1, Worker::ALL).expect("opens");
+        mixed.next(400).expect("reads");
+        let tokens = mixed.tokens_by_dataset();
+        let share = tokens[0].1 as f64 / (tokens[0].1 + tokens[1].1) as f64;
+        assert!((share - 0.7).abs() < 0.01, "{tokens:?}");
+        let synthetic = Data::Mixture(vec![Part {
+            weight: 1.0,
+            data: Data::Parity(Default::default()),
+        }]);
+        assert!(
+            open(&synthetic, 7, 1, Worker::ALL)
+                .map(|_| ())
+                .expect_err("refused")
+                .to_string()
+                .contains("Parity (part 0)")
+        );
     }
 }

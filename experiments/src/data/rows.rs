@@ -1,6 +1,8 @@
 //! Closed-form rows: row `g` computed from `g` alone, and the loader over them, whose whole state is a row number.
 
-use super::{Batch, DataError, EvalSet, Loader, LoaderState, Piece, RowMut, RowProvenance, Worker};
+use super::{
+    Batch, DataError, EvalSet, Loader, LoaderState, Located, Piece, RowMut, RowProvenance, Worker,
+};
 
 /// A row of which set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +44,16 @@ pub trait Rows: Send + Sync {
             start: 0,
             len: len as u64,
         }]
+    }
+
+    /// The training row that holds example (or window) `doc` in `epoch`; the inverse of [`Rows::pieces`]. By default there is one epoch.
+    fn row_of(&self, doc: u64, epoch: u64) -> Option<u64> {
+        (epoch == 0).then_some(doc)
+    }
+
+    /// What stands for a file.
+    fn file(&self) -> String {
+        "generated".into()
     }
 
     /// The evaluation sets.
@@ -142,6 +154,21 @@ impl<R: Rows> Loader for RowLoader<R> {
             found.seq_len,
             (0..rows).map(|i| start + i as u64),
         )
+    }
+
+    fn locate(&self, piece: &Piece) -> Located {
+        Located {
+            dataset: self.rows.name(),
+            file: self.rows.file(),
+            index: piece.doc,
+        }
+    }
+
+    fn rows_of(&self, dataset: &str, doc: u64, epoch: u64) -> Result<Vec<u64>, DataError> {
+        let found = (dataset == self.rows.name())
+            .then(|| self.rows.row_of(doc, epoch))
+            .flatten();
+        Ok(found.into_iter().collect())
     }
 
     fn tokens_by_dataset(&self) -> Vec<(String, u64)> {

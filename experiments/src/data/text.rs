@@ -211,6 +211,22 @@ impl Rows for TextRows {
         }]
     }
 
+    fn row_of(&self, doc: u64, epoch: u64) -> Option<u64> {
+        let n = self.rows_per_epoch();
+        (doc < n)
+            .then(|| epoch * n + Permutation::new(n, &[self.spec.seed, 0, 0, epoch]).position(doc))
+    }
+
+    fn file(&self) -> String {
+        let names: Vec<String> = self
+            .spec
+            .paths
+            .iter()
+            .map(|p| p.display().to_string())
+            .collect();
+        names.join(", ")
+    }
+
     fn eval_sets(&self) -> Vec<EvalSet> {
         match self.valid_rows() {
             0 => Vec::new(),

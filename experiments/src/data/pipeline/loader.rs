@@ -8,7 +8,8 @@ use super::{OnBad, Stage};
 use crate::data::order::OrderMode;
 use crate::data::source::Documents;
 use crate::data::{
-    Batch, DataError, EvalSet, LaneState, Loader, LoaderState, Metric, RowProvenance, Worker,
+    Batch, DataError, EvalSet, LaneState, Loader, LoaderState, Located, Metric, Piece,
+    RowProvenance, Worker,
 };
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
@@ -296,6 +297,36 @@ impl Pipeline {
         Ok(sets)
     }
 
+    /// The batch of the global rows `numbers`, from the lanes that hold them.
+    fn assemble(&self, taken: &mut [Taken], numbers: &[u64]) -> Result<Batch, DataError> {
+        let all = self.spec.lanes;
+        let work = |(number, lane, wanted): &mut Taken| {
+            let one = |&(i, r): &(usize, u64)| Ok((i, serve(lane, *number, all, r)?));
+            wanted
+                .iter()
+                .map(one)
+                .collect::<Result<Vec<_>, DataError>>()
+        };
+        let served: Vec<_> = if self.parallel {
+            taken.par_iter_mut().map(work).collect()
+        } else {
+            taken.iter_mut().map(work).collect()
+        };
+        let mut plans: Vec<Option<RowPlan>> = vec![None; numbers.len()];
+        for lane in served {
+            for (i, plan) in lane? {
+                plans[i] = Some(plan);
+            }
+        }
+        let mut batch = Batch::blank(numbers.len(), self.spec.seq_len);
+        for (i, (plan, &row)) in plans.iter().zip(numbers).enumerate() {
+            if let Some(plan) = plan {
+                self.write(plan, row, &mut batch, i)?;
+            }
+        }
+        Ok(batch)
+    }
+
     fn write(
         &self,
         plan: &RowPlan,
@@ -348,6 +379,9 @@ impl Documents for Tail {
     }
 }
 
+/// A lane that a batch reads: its number, the lane, and which rows of the batch are which rows of the lane.
+type Taken = (u32, Window, Vec<(usize, u64)>);
+
 /// The `r`-th row of a lane; walks past rows that other workers served.
 fn serve(lane: &mut Window, number: u32, lanes: u32, r: u64) -> Result<RowPlan, DataError> {
     let global = |r: u64| r * u64::from(lanes) + u64::from(number);
@@ -380,34 +414,19 @@ impl Loader for Pipeline {
             };
             taken.push((number, lane, wanted));
         }
-        let all = self.spec.lanes;
-        let work = |(number, lane, wanted): &mut (u32, Window, Vec<(usize, u64)>)| {
-            wanted
-                .iter()
-                .map(|&(i, r)| Ok((i, serve(lane, *number, all, r)?)))
-                .collect::<Result<Vec<_>, DataError>>()
-        };
-        let served: Vec<_> = if self.parallel {
-            taken.par_iter_mut().map(work).collect()
-        } else {
-            taken.iter_mut().map(work).collect()
-        };
-        // Lanes go back before any error leaves: a caller that goes on must not start them anew.
-        for (number, lane, _) in taken {
-            self.lanes.insert(number, lane);
-        }
-        let mut plans: Vec<Option<RowPlan>> = vec![None; rows];
-        for lane in served {
-            for (i, plan) in lane? {
-                plans[i] = Some(plan);
+        let before: Vec<_> = taken.iter().map(|(_, lane, _)| lane.state()).collect();
+        let numbers: Vec<u64> = (0..rows as u64).map(|i| first + i * step).collect();
+        let made = self.assemble(&mut taken, &numbers);
+        // After an error every lane stands where it stood: the caller may save the state, or repair the data and go on.
+        if made.is_err() {
+            for ((number, lane, _), state) in taken.iter_mut().zip(&before) {
+                *lane = self.lane(*number);
+                lane.restore(state)?;
             }
         }
-        let mut batch = Batch::blank(rows, self.spec.seq_len);
-        for (i, plan) in plans.iter().enumerate() {
-            if let Some(plan) = plan {
-                self.write(plan, first + i as u64 * step, &mut batch, i)?;
-            }
-        }
+        self.lanes
+            .extend(taken.into_iter().map(|(number, lane, _)| (number, lane)));
+        let batch = made?;
         self.next_row += rows as u64 * step;
         Ok(batch)
     }
@@ -481,6 +500,49 @@ impl Loader for Pipeline {
             self.write(plan, (start + i) as u64, &mut batch, i)?;
         }
         Ok(batch)
+    }
+
+    fn locate(&self, piece: &Piece) -> Located {
+        let dataset = &self.datasets[piece.dataset as usize];
+        let (file, index) = dataset.docs.locate(piece.doc);
+        Located {
+            dataset: dataset.name.clone(),
+            file,
+            index,
+        }
+    }
+
+    /// The lane and the document's number in it are closed forms; which of the lane's rows that is follows from document lengths, so the
+    /// lane is walked from its start.
+    fn rows_of(&self, dataset: &str, doc: u64, epoch: u64) -> Result<Vec<u64>, DataError> {
+        let Some(i) = self.datasets.iter().position(|d| d.name == dataset) else {
+            return Ok(Vec::new());
+        };
+        let Some((number, k)) = self.shards[i].find(doc, epoch) else {
+            return Ok(Vec::new());
+        };
+        let (mut lane, mut rows) = (self.lane(number), Vec::new());
+        let lanes = u64::from(self.spec.lanes);
+        // Rows are packed past the document once more than k are drawn and the cut one is not it; a shuffle block may still hold parts.
+        let mut past = 0;
+        while past < self.spec.window.max(2) {
+            let row = lane.rows() * lanes + u64::from(number);
+            if lane.pack().mixture().never_again(i, row) && past == 0 && rows.is_empty() {
+                break;
+            }
+            let plan = lane.next(row)?;
+            let held = plan
+                .pieces()
+                .iter()
+                .any(|p| p.dataset as usize == i && p.doc == doc && p.epoch == epoch);
+            if held {
+                rows.push(row);
+            }
+            let beyond = lane.pack().mixture().drawn(i) > k + 1 || lane.pack().is_between(i, k + 1);
+            past = if held || !beyond { 0 } else { past + 1 };
+        }
+        rows.sort_unstable();
+        Ok(rows)
     }
 
     fn tokens_by_dataset(&self) -> Vec<(String, u64)> {

@@ -126,6 +126,20 @@ impl Mixture {
             .last()
     }
 
+    /// Documents drawn from dataset `i`, left out ones included.
+    pub fn drawn(&self, i: usize) -> u64 {
+        self.streams[i].state()
+    }
+
+    /// Whether dataset `i` gives no more documents from global row `row` on: its weight is 0 for good, or its shard has nothing usable.
+    pub fn never_again(&self, i: usize, row: u64) -> bool {
+        let now = self
+            .phases
+            .partition_point(|p| p.start_row <= row)
+            .saturating_sub(1);
+        self.dead[i] || self.phases[now..].iter().all(|p| p.weights[i] == 0.0)
+    }
+
     /// Tokens drawn from each dataset.
     pub fn tokens(&self) -> impl Iterator<Item = u64> {
         self.tokens.iter().map(|t| t[0])

@@ -94,6 +94,15 @@ impl Pack {
         }
     }
 
+    /// Whether the `k`-th document of dataset `i` was the last one drawn from it and is used up.
+    pub fn is_between(&self, i: usize, k: u64) -> bool {
+        let open = self
+            .open
+            .as_ref()
+            .is_some_and(|(d, _)| d.dataset as usize == i);
+        self.mixture.drawn(i) == k && !open
+    }
+
     /// The stage before.
     pub fn mixture(&self) -> &Mixture {
         &self.mixture

@@ -3,7 +3,7 @@
 //! Each batch travels with the state after it, so [`Loader::state`] is that of the batches handed out, not of those read ahead. The queue
 //! starts at 2 batches and doubles, up to [`MAX_DEPTH`], whenever a batch had to be waited for.
 
-use crate::data::{Batch, DataError, EvalSet, Loader, LoaderState};
+use crate::data::{Batch, DataError, EvalSet, Loader, LoaderState, Located, Piece};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -201,6 +201,14 @@ impl Loader for Prefetch {
         lock(&self.inner).eval_batch(set, start, rows)
     }
 
+    fn locate(&self, piece: &Piece) -> Located {
+        lock(&self.inner).locate(piece)
+    }
+
+    fn rows_of(&self, dataset: &str, doc: u64, epoch: u64) -> Result<Vec<u64>, DataError> {
+        lock(&self.inner).rows_of(dataset, doc, epoch)
+    }
+
     fn tokens_by_dataset(&self) -> Vec<(String, u64)> {
         self.tokens.clone()
     }
@@ -283,6 +291,16 @@ mod tests {
             }
             fn eval_batch(&self, set: usize, _: u64, _: usize) -> Result<Batch, DataError> {
                 Err(DataError::NoSuchEvalSet { set, have: 0 })
+            }
+            fn locate(&self, piece: &Piece) -> Located {
+                Located {
+                    dataset: String::new(),
+                    file: String::new(),
+                    index: piece.doc,
+                }
+            }
+            fn rows_of(&self, _: &str, _: u64, _: u64) -> Result<Vec<u64>, DataError> {
+                Ok(Vec::new())
             }
         }
         let mut ahead = Prefetch::new(Box::new(Fails(0)));

@@ -224,6 +224,21 @@ proptest! {
         }
     }
 
+    /// When a document comes is known without reading what comes before in other lanes.
+    #[test]
+    fn rows_of_a_document_are_known(case in case(), blocks in 1u64..4, pick: prop::sample::Index) {
+        let whole = build(&case);
+        let rows = blocks * case.spec.window * u64::from(case.spec.lanes);
+        let batch = whole.for_worker(Worker::ALL).next(rows as usize).expect("reads");
+        let pieces: Vec<_> = batch.provenance.iter().flat_map(|p| &p.pieces).collect();
+        let one = pieces[pick.index(pieces.len())];
+        let same = |p: &&crate::data::RowProvenance| p.pieces.iter().any(|q| (q.dataset, q.doc, q.epoch) == (one.dataset, one.doc, one.epoch));
+        let want: Vec<u64> = batch.provenance.iter().filter(same).map(|p| p.row).collect();
+        let got = whole.rows_of(&format!("d{}", one.dataset), one.doc, one.epoch).expect("reads");
+        prop_assert_eq!(got.into_iter().filter(|&r| r < rows).collect::<Vec<_>>(), want);
+        prop_assert!(whole.rows_of("none", 0, 0).expect("reads").is_empty());
+    }
+
     /// Rows are what their provenance says.
     #[test]
     fn rows_hold_their_documents(case in case()) {
@@ -308,6 +323,14 @@ fn a_bad_document_stops_or_is_counted() {
         .next(50)
         .expect_err("stops");
     assert!(matches!(error, DataError::Damaged { .. }), "{error}");
+    let mut stopped = build(&case).for_worker(Worker::ALL);
+    let state = stopped.state();
+    assert!(stopped.next(50).is_err());
+    assert_eq!(stopped.state().next_row, state.next_row);
+    assert!(
+        stopped.state().lanes.iter().all(|l| l.window.rows == 0),
+        "an error must not move the state"
+    );
     case.spec.on_bad = OnBad::Skip;
     let mut pipeline = build(&case);
     pipeline.next(50).expect("goes on");

@@ -1,5 +1,9 @@
 //! Sources: where documents come from. A source gives random access to documents by number; one file per format.
 
+pub mod files;
+pub mod format;
+pub mod shards;
+
 use super::DataError;
 use super::mmap::Mapped;
 use std::sync::Arc;

@@ -182,6 +182,16 @@ impl Rows for Task {
         }]
     }
 
+    fn row_of(&self, doc: u64, epoch: u64) -> Option<u64> {
+        match self.n_train {
+            Some(n) if doc < n => {
+                Some(epoch * n + Permutation::new(n, &[self.seed, 4, epoch]).position(doc))
+            }
+            Some(_) => None,
+            None => (epoch == 0).then_some(doc),
+        }
+    }
+
     fn eval_sets(&self) -> Vec<EvalSet> {
         if self.n_eval == 0 {
             Vec::new()
