@@ -16,9 +16,6 @@ use std::collections::BTreeSet;
 /// Draws of each op.
 const DRAWS: u64 = 64;
 
-/// Ops that the cpu backend need not run; where it does not, it must say so when loaded.
-const NOT_ON_CPU: &[&str] = &["attention", "selective_scan", "gated_delta"];
-
 fn place(phase: Phase) -> Place {
     Place {
         path: "sample".into(),
@@ -237,21 +234,13 @@ fn check(engine: &mut dyn Engine, seed: u64, s: &Sample) -> bool {
     true
 }
 
-fn may_refuse(engine: &dyn Engine, name: &str) -> bool {
-    engine.name() == "cpu" && NOT_ON_CPU.contains(&name)
-}
-
 fn suite(names: &[&str]) {
     for &name in names {
         for seed in 0..DRAWS {
             let s = draw(name, seed).unwrap();
             for engine in &mut engines() {
                 let ran = check(engine.as_mut(), seed, &s);
-                assert!(
-                    ran || may_refuse(engine.as_ref(), name),
-                    "{name} does not run on {}",
-                    engine.name()
-                );
+                assert!(ran, "{name} does not run on {}", engine.name());
             }
         }
     }
@@ -540,7 +529,7 @@ fn a_thousand_tokens() {
         let mut cpu = CpuEngine::new(2).unwrap();
         cpu.set_poison(true);
         let ran = check(&mut cpu, 0, &s);
-        assert!(ran || may_refuse(&cpu, s.op.name()), "{}", s.op.name());
+        assert!(ran, "{}", s.op.name());
     }
 }
 
