@@ -27,10 +27,13 @@
 //! ```
 
 mod error;
+pub mod hf;
 pub mod safetensors;
+mod weights;
 
 pub use self::safetensors::{SHARD_BYTES, Sink, Source, Spec};
 pub use error::CheckpointError;
+pub use weights::Weights;
 
 use ::safetensors::Dtype;
 use marimba_ir::{Param, Type};
@@ -217,7 +220,6 @@ pub(crate) fn write_state(dir: &Path, mut state: TrainState) -> Result<(), Check
 }
 
 /// State of a fresh checkpoint without training, such as an import.
-#[allow(dead_code)]
 pub(crate) fn initial_state(params: &[Param]) -> TrainState {
     TrainState {
         format: FORMAT,

@@ -154,6 +154,22 @@ pub fn narrow(dtype: Dtype, data: &[f32]) -> Vec<u8> {
     }
 }
 
+/// Whether all numbers are finite.
+pub fn all_finite(dtype: Dtype, bytes: &[u8]) -> bool {
+    let half = |mask: u16| move |c: &[u8]| u16::from_le_bytes(array(c)) & mask != mask;
+    match dtype {
+        Dtype::F32 => bytes
+            .chunks_exact(4)
+            .all(|c| f32::from_le_bytes(array(c)).is_finite()),
+        Dtype::BF16 => bytes.chunks_exact(2).all(half(0x7f80)),
+        Dtype::F16 => bytes.chunks_exact(2).all(half(0x7c00)),
+        Dtype::F64 => bytes
+            .chunks_exact(8)
+            .all(|c| f64::from_le_bytes(array(c)).is_finite()),
+        _ => true,
+    }
+}
+
 /// Whether weights may be stored in this type.
 pub fn is_float(dtype: Dtype) -> bool {
     matches!(dtype, Dtype::F32 | Dtype::BF16 | Dtype::F16 | Dtype::F64)

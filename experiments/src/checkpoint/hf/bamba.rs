@@ -1,0 +1,118 @@
+//! Bamba: Mamba-2 and, at `attn_layer_indices`, attention with half-rotary RoPE; a gated ffn after every mixer.
+
+use super::config::{Config, RopeDefaults};
+use super::parts::*;
+use super::table::Rules;
+use super::{Family, Written};
+use marimba_dsl::model::*;
+use serde_json::json;
+
+/// See the module.
+pub(super) const FAMILY: Family = Family {
+    model_type: "bamba",
+    architecture: "BambaForCausalLM",
+    read,
+    write,
+    rules,
+};
+
+fn read(c: &Config) -> Model {
+    let (n, d) = (c.count("num_hidden_layers"), c.count("hidden_size"));
+    let norm = norm(c.float_or("rms_norm_eps", 1e-5));
+    let at = c.counts("attn_layer_indices");
+    if let Some(i) = at.iter().find(|i| **i >= n) {
+        c.problem(format!(
+            "attn_layer_indices names layer {i}, but num_hidden_layers is {n}"
+        ));
+    }
+    // Half of each head is rotated whatever stands beside the RoPE parameters.
+    let defaults = RopeDefaults {
+        fraction: 0.5,
+        top_level_fraction: false,
+        ..RopeDefaults::default()
+    };
+    let head = c.divide(
+        "hidden_size",
+        d,
+        "num_attention_heads",
+        c.count("num_attention_heads"),
+    );
+    let attention = attention(
+        c,
+        head,
+        Some(c.rope(head, &defaults)),
+        c.flag_or("attention_bias", false),
+    );
+    let inner = (c.float_or("mamba_expand", 2.0) * d as f64) as usize;
+    let mamba = mamba2(c, inner, GatedNorm::GateThenNorm { eps: norm.eps });
+    let mlp = glu(
+        c,
+        c.count("intermediate_size"),
+        c.flag_or("mlp_bias", false),
+    );
+    let layers = (0..n)
+        .map(|i| Layer {
+            inject: None,
+            mixer: Some(if at.contains(&i) {
+                sub(
+                    i,
+                    "mixer",
+                    "attn",
+                    norm,
+                    Mixer::Attention(attention.clone()),
+                )
+            } else {
+                sub(i, "mixer", "mamba", norm, Mixer::Mamba2(mamba.clone()))
+            }),
+            ffn: Some(sub(i, "ffn", "mlp", norm, Ffn::Glu(mlp.clone()))),
+        })
+        .collect();
+    model(c, layers, norm, false)
+}
+
+fn write(m: &Model) -> Written {
+    let f = firsts(m);
+    let mut out = write_base(m, FAMILY.model_type, FAMILY.architecture);
+    let mamba = f.mamba2.ok_or("it has no Mamba-2 layer")?;
+    write_mamba2(&mut out, mamba, m.d_model);
+    let attention = f.attention.ok_or("it has no attention layer")?;
+    write_attention(&mut out, attention, m.context_len);
+    let mlp = f.glu.ok_or("it has no gated ffn")?;
+    put(
+        &mut out,
+        json!({ "attn_layer_indices": attention_layers(m), "intermediate_size": mlp.d_ff, "mlp_bias": mlp.bias,
+            "hidden_act": act_name(mlp.act), "rms_norm_eps": m.final_norm.eps }),
+    );
+    // 4.x knows the half only; another part of the head can be said in 5.x's words.
+    if let Some(r) = attention
+        .rope
+        .as_ref()
+        .filter(|r| 2 * r.dims != attention.head_dim)
+    {
+        let fraction = r.dims as f64 / attention.head_dim as f64;
+        put(
+            &mut out,
+            json!({ "rope_parameters": { "rope_type": "default", "rope_theta": r.theta, "partial_rotary_factor": fraction } }),
+        );
+    }
+    Ok(out)
+}
+
+fn rules(m: &Model) -> Rules {
+    let mut r = Rules::new();
+    outer_rules(&mut r, "model.embed_tokens", "model.final_layernorm");
+    for (i, layer) in m.layers.iter().enumerate() {
+        let (ours, theirs) = (format!("layers.{i}"), format!("model.layers.{i}"));
+        r.at(&ours, &theirs)
+            .same("mixer.norm", "input_layernorm.weight")
+            .same("ffn.norm", "pre_ff_layernorm.weight");
+        let mixer = format!("{ours}.mixer");
+        if let Some(Mixer::Attention(_)) = layer.mixer.as_ref().map(|s| &s.body) {
+            attention_rules(r.at(&mixer, &format!("{theirs}.self_attn")));
+        } else {
+            mamba2_rules(r.at(&mixer, &format!("{theirs}.mamba")));
+        }
+        glu_rules(r.at(&format!("{ours}.ffn"), &format!("{theirs}.feed_forward")));
+    }
+    r
+}

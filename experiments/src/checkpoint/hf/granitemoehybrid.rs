@@ -1,0 +1,189 @@
+//! Granite 4: Mamba-2 and attention by `layer_types`, experts (or none) beside a shared gated ffn, and multipliers on embeddings,
+//! residuals, attention scores and logits.
+
+use super::config::{Config, RopeDefaults};
+use super::parts::*;
+use super::table::{Rules, Shape};
+use super::{Family, Written, llama};
+use marimba_dsl::model::*;
+use serde_json::json;
+
+/// See the module.
+pub(super) const FAMILY: Family = Family {
+    model_type: "granitemoehybrid",
+    architecture: "GraniteMoeHybridForCausalLM",
+    read,
+    write,
+    rules,
+};
+
+fn read(c: &Config) -> Model {
+    let (n, d) = (c.count("num_hidden_layers"), c.count("hidden_size"));
+    let norm = norm(c.float_or("rms_norm_eps", 1e-6));
+    let kinds = c
+        .layer_types(
+            &["layer_types", "layers_block_type"],
+            Some(n),
+            &["linear_attention", "full_attention"],
+        )
+        .unwrap_or_else(|| vec!["linear_attention".into(); n]);
+    let head = c.divide(
+        "hidden_size",
+        d,
+        "num_attention_heads",
+        c.count("num_attention_heads"),
+    );
+    let rope = match c.opt_word("position_embedding_type") {
+        Some("rope") => Some(c.rope(head, &RopeDefaults::default())),
+        None | Some("nope") => None,
+        Some(other) => {
+            c.problem(format!(
+                "position_embedding_type {other} is not supported; expected rope or nope"
+            ));
+            None
+        }
+    };
+    let mut attention = attention(c, head, rope, c.flag_or("attention_bias", false));
+    attention.scale = c.float_or("attention_multiplier", 1.0);
+    let needs_mamba = kinds.iter().any(|k| k == "linear_attention");
+    let inner = (c.float_or("mamba_expand", 2.0) * d as f64) as usize;
+    let mamba = needs_mamba.then(|| mamba2(c, inner, GatedNorm::GateThenNorm { eps: norm.eps }));
+    let shared_ff = c.count_or("shared_intermediate_size", 1024);
+    let shared = (shared_ff > 0).then(|| glu(c, shared_ff, false));
+    let n_experts = c.count_or("num_local_experts", 8);
+    let ffn = if n_experts > 0 {
+        let mut moe = softmax_moe(
+            c,
+            n_experts,
+            c.count("intermediate_size"),
+            RouterScore::SoftmaxChosen,
+            false,
+        );
+        moe.shared = shared.map(|g| SharedExpert {
+            ffn: Ffn::Glu(g),
+            gated: false,
+        });
+        Ffn::Moe(Box::new(moe))
+    } else {
+        Ffn::Glu(shared.unwrap_or_else(|| {
+            c.problem("num_local_experts and shared_intermediate_size are both 0");
+            glu(c, 1, false)
+        }))
+    };
+    let ffn_name = if n_experts > 0 { "moe" } else { "mlp" };
+    let residual = c.float_or("residual_multiplier", 1.0);
+    let layers = kinds
+        .iter()
+        .enumerate()
+        .map(|(i, kind)| {
+            let mut mixer = match &mamba {
+                Some(mamba) if kind == "linear_attention" => {
+                    sub(i, "mixer", "mamba", norm, Mixer::Mamba2(mamba.clone()))
+                }
+                _ => sub(
+                    i,
+                    "mixer",
+                    "attn",
+                    norm,
+                    Mixer::Attention(attention.clone()),
+                ),
+            };
+            let mut ffn = sub(i, "ffn", ffn_name, norm, ffn.clone());
+            mixer.residual_multiplier = residual;
+            ffn.residual_multiplier = residual;
+            Layer {
+                inject: None,
+                mixer: Some(mixer),
+                ffn: Some(ffn),
+            }
+        })
+        .collect();
+    let mut m = model(c, layers, norm, false);
+    m.embedding.multiplier = c.float_or("embedding_multiplier", 1.0);
+    m.head.multiplier = 1.0 / c.float_or("logits_scaling", 1.0);
+    m
+}
+
+fn write(m: &Model) -> Written {
+    let f = firsts(m);
+    let mut out = write_base(m, FAMILY.model_type, FAMILY.architecture);
+    let attention = f.attention.ok_or("it has no attention layer")?;
+    write_attention(&mut out, attention, m.context_len);
+    if let Some(mamba) = f.mamba2 {
+        write_mamba2(&mut out, mamba, m.d_model);
+    }
+    let at = attention_layers(m);
+    let kind = |i: usize| {
+        if at.contains(&i) {
+            "attention"
+        } else {
+            "mamba"
+        }
+    };
+    let kinds: Vec<&str> = (0..m.layers.len()).map(kind).collect();
+    let shared = match (f.glu, f.moe.map(|x| &x.shared)) {
+        (Some(g), _)
+        | (
+            None,
+            Some(Some(SharedExpert {
+                ffn: Ffn::Glu(g), ..
+            })),
+        ) => Some(g),
+        _ => None,
+    };
+    let residual = m
+        .layers
+        .iter()
+        .find_map(|l| l.mixer.as_ref())
+        .map_or(1.0, |s| s.residual_multiplier);
+    let act = f
+        .moe
+        .map(|x| x.expert.act)
+        .or(shared.map(|g| g.act))
+        .unwrap_or(Act::Silu);
+    put(
+        &mut out,
+        json!({ "layer_types": kinds, "position_embedding_type": if attention.rope.is_some() { "rope" } else { "nope" },
+            "attention_multiplier": attention.scale, "embedding_multiplier": m.embedding.multiplier,
+            "logits_scaling": 1.0 / m.head.multiplier, "residual_multiplier": residual,
+            "num_local_experts": f.moe.map_or(0, |x| x.n_experts), "num_experts_per_tok": f.moe.map_or(0, |x| x.top_k),
+            "intermediate_size": f.moe.map_or(0, |x| x.expert.d_ff), "shared_intermediate_size": shared.map_or(0, |g| g.d_ff),
+            "router_aux_loss_coef": f.moe.map_or(0.0, |x| x.load_balance), "output_router_logits": false,
+            "hidden_act": act_name(act), "rms_norm_eps": m.final_norm.eps }),
+    );
+    Ok(out)
+}
+
+fn rules(m: &Model) -> Rules {
+    let mut r = Rules::new();
+    outer_rules(&mut r, "model.embed_tokens", "model.norm");
+    for (i, layer) in m.layers.iter().enumerate() {
+        let (ours, theirs) = (format!("layers.{i}"), format!("model.layers.{i}"));
+        llama::norm_rules(r.at(&ours, &theirs));
+        let mixer = format!("{ours}.mixer");
+        if let Some(Mixer::Attention(_)) = layer.mixer.as_ref().map(|s| &s.body) {
+            attention_rules(r.at(&mixer, &format!("{theirs}.self_attn")));
+        } else {
+            mamba2_rules(r.at(&mixer, &format!("{theirs}.mamba")));
+        }
+        let (ffn, shared) = (format!("{ours}.ffn"), format!("{theirs}.shared_mlp"));
+        if let Some(Ffn::Moe(moe)) = layer.ffn.as_ref().map(|s| &s.body) {
+            let experts = Shape::Split(moe.n_experts);
+            r.at(&ffn, &format!("{theirs}.block_sparse_moe"))
+                .same("router", "router.layer.weight")
+                .rule(
+                    &["experts.gate_proj", "experts.up_proj"],
+                    "input_linear.weight",
+                    moe.n_experts,
+                    experts,
+                )
+                .rule(&["experts.down_proj"], "output_linear.weight", 1, experts);
+            r.at(&format!("{ffn}.shared"), &shared);
+        } else {
+            r.at(&ffn, &shared);
+        }
+        r.fused(&["gate_proj", "up_proj"], "input_linear", 1)
+            .linear("down_proj", "output_linear");
+    }
+    r
+}

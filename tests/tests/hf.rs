@@ -1,0 +1,298 @@
+//! Hugging Face checkpoints: tiny seeded models of every family with transformers' own numbers (`tests/fixtures/hf`).
+
+use marimba_experiments::checkpoint::hf::{self, ExportOptions};
+use marimba_experiments::checkpoint::{Checkpoint, Source};
+use std::path::{Path, PathBuf};
+
+fn cases() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/hf/public");
+    let mut all: Vec<PathBuf> = std::fs::read_dir(root)
+        .unwrap()
+        .map(|e| e.unwrap().path())
+        .collect();
+    all.sort();
+    assert_eq!(all.len(), 27);
+    all
+}
+
+fn name(case: &Path) -> String {
+    case.file_name().unwrap().to_string_lossy().into_owned()
+}
+
+/// Every tensor of one folder is in the other with the same type, shape and bytes.
+fn assert_same_tensors(a: &Path, b: &Path) {
+    let (x, y) = (
+        Source::open(a, "model").unwrap(),
+        Source::open(b, "model").unwrap(),
+    );
+    let names = |s: &Source| s.specs().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&x), names(&y), "{}", name(a));
+    for s in names(&x) {
+        assert!(
+            x.tensor(&s.name).unwrap().bytes() == y.tensor(&s.name).unwrap().bytes(),
+            "{}: {}",
+            name(a),
+            s.name
+        );
+    }
+}
+
+#[test]
+fn import_then_export_is_the_identity() {
+    for case in cases() {
+        let tmp = tempfile::tempdir().unwrap();
+        let (ckpt, out) = (tmp.path().join("ckpt"), tmp.path().join("hf"));
+        hf::import(&case, &ckpt).unwrap_or_else(|e| panic!("{}: {e}", name(&case)));
+        let family = hf::export(&ckpt, &out, &ExportOptions::default())
+            .unwrap_or_else(|e| panic!("{}: {e}", name(&case)));
+        assert!(
+            name(&case).starts_with(family.model_type),
+            "{} became {}",
+            name(&case),
+            family.model_type
+        );
+        assert_same_tensors(&case, &out);
+        for file in ["config.json"] {
+            assert_eq!(
+                std::fs::read(case.join(file)).unwrap(),
+                std::fs::read(out.join(file)).unwrap()
+            );
+        }
+    }
+}
+
+/// Without the original's configuration, the family's own words say the same model, and its tensors come out the same.
+#[test]
+fn a_written_configuration_says_the_same_model() {
+    for case in cases() {
+        let opened = hf::open(&case).unwrap();
+        let text = hf::written(opened.family, &opened.model)
+            .unwrap_or_else(|e| panic!("{}: {e}", name(&case)));
+        let tmp = tempfile::tempdir().unwrap();
+        let (ckpt, out) = (tmp.path().join("ckpt"), tmp.path().join("hf"));
+        hf::import(&case, &ckpt).unwrap();
+        std::fs::write(ckpt.join("hf/config.json"), &text).unwrap();
+        // The record of sizes is of the original configuration.
+        let state = ckpt.join("train_state.json");
+        let mut json: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(&state).unwrap()).unwrap();
+        json["files"]["hf/config.json"] = text.len().into();
+        std::fs::write(&state, json.to_string()).unwrap();
+        hf::export(&ckpt, &out, &ExportOptions::default()).unwrap();
+        assert_same_tensors(&case, &out);
+        assert_eq!(
+            std::fs::read_to_string(out.join("config.json")).unwrap(),
+            text
+        );
+    }
+}
+
+#[test]
+fn both_spellings_of_a_configuration_give_one_model() {
+    for case in cases() {
+        let v4 = case.join("config_v4.json");
+        if !v4.is_file() {
+            continue;
+        }
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = tmp.path().join(name(&case));
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::copy(&v4, dir.join("config.json")).unwrap();
+        let (_, old, _, z_old) =
+            hf::read_model(&dir).unwrap_or_else(|e| panic!("{}: {e}", name(&case)));
+        let (_, new, _, z_new) = hf::read_model(&case).unwrap();
+        assert_eq!(*old, *new, "{}", name(&case));
+        assert_eq!(z_old, z_new);
+    }
+}
+
+/// Sharded and whole files are read alike, and a bf16 export holds rounded numbers.
+#[test]
+fn an_export_in_bf16_is_rounded_and_says_so() {
+    let case = &cases()[0];
+    let tmp = tempfile::tempdir().unwrap();
+    let (ckpt, out) = (tmp.path().join("ckpt"), tmp.path().join("hf"));
+    hf::import(case, &ckpt).unwrap();
+    let options = ExportOptions {
+        dtype: Some(safetensors::Dtype::BF16),
+        ..ExportOptions::default()
+    };
+    hf::export(&ckpt, &out, &options).unwrap();
+    assert!(
+        std::fs::read_to_string(out.join("config.json"))
+            .unwrap()
+            .contains("\"dtype\": \"bfloat16\"")
+    );
+    let (whole, rounded) = (
+        Source::open(case, "model").unwrap(),
+        Source::open(&out, "model").unwrap(),
+    );
+    for s in rounded.specs() {
+        assert_eq!(s.dtype, safetensors::Dtype::BF16);
+        let (a, b) = (
+            whole.tensor(&s.name).unwrap().to_f32(),
+            rounded.tensor(&s.name).unwrap().to_f32(),
+        );
+        assert!(
+            a.iter()
+                .zip(&b)
+                .all(|(a, b)| (a - b).abs() <= a.abs() / 128.0),
+            "{}",
+            s.name
+        );
+    }
+    // bf16 in, bf16 kept.
+    let again = tmp.path().join("again");
+    hf::import(&out, &again).unwrap();
+    assert!(
+        Checkpoint::open(&again)
+            .unwrap()
+            .model
+            .specs()
+            .all(|s| s.dtype == safetensors::Dtype::BF16)
+    );
+}
+
+fn broken(edit: impl FnOnce(&mut serde_json::Map<String, serde_json::Value>)) -> String {
+    let case = &cases()[0];
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("broken");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::copy(
+        case.join("model.safetensors"),
+        dir.join("model.safetensors"),
+    )
+    .unwrap();
+    let mut config: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(case.join("config.json")).unwrap()).unwrap();
+    edit(config.as_object_mut().unwrap());
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let out = tmp.path().join("out");
+    let e = hf::import(&dir, &out).unwrap_err().to_string();
+    assert!(!out.exists(), "something was written");
+    e
+}
+
+#[test]
+fn bad_configurations_are_refused_by_name() {
+    let e = broken(|c| drop(c.insert("model_type".into(), "gpt_neox".into())));
+    assert!(
+        e.contains("gpt_neox is not supported; expected one of bamba, jamba"),
+        "{e}"
+    );
+    let e = broken(|c| drop(c.insert("hidden_act".into(), "mish".into())));
+    assert!(e.contains("hidden_act mish"), "{e}");
+    let e = broken(|c| drop(c.insert("mamba_d_head".into(), 9.into())));
+    assert!(
+        e.contains("mamba_n_heads 8 x mamba_d_head 9 is not the inner width 64"),
+        "{e}"
+    );
+    let e = broken(|c| {
+        drop(c.insert(
+            "quantization_config".into(),
+            serde_json::json!({ "bits": 4 }),
+        ))
+    });
+    assert!(e.contains("quantization_config"), "{e}");
+    // A model of another shape: every tensor that does not fit is listed.
+    let e = broken(|c| {
+        c.insert("intermediate_size".into(), 40.into());
+        c.insert("num_hidden_layers".into(), 7.into());
+    });
+    for part in [
+        "model.layers.0.feed_forward.gate_proj.weight: shape [56, 32], expected [40, 32]",
+        "model.layers.6.mamba.A_log: missing",
+    ] {
+        assert!(e.contains(part), "{e}");
+    }
+    let e = broken(|c| drop(c.insert("num_hidden_layers".into(), 5.into())));
+    assert!(e.contains("attn_layer_indices names layer 5"), "{e}");
+}
+
+#[test]
+fn a_hub_name_is_answered_with_how_to_download_it() {
+    let e = hf::import(Path::new("ibm-fms/Bamba-9B"), Path::new("nowhere"))
+        .unwrap_err()
+        .to_string();
+    assert!(e.contains("hf download ibm-fms/Bamba-9B"), "{e}");
+}
+
+#[test]
+fn weights_that_are_not_numbers_are_named() {
+    let case = &cases()[0];
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = tmp.path().join("nan");
+    std::fs::create_dir(&dir).unwrap();
+    std::fs::copy(case.join("config.json"), dir.join("config.json")).unwrap();
+    let mut bytes = std::fs::read(case.join("model.safetensors")).unwrap();
+    let end = bytes.len();
+    bytes[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
+    std::fs::write(dir.join("model.safetensors"), bytes).unwrap();
+    let report = hf::import(&dir, &tmp.path().join("out")).unwrap();
+    assert_eq!(report.not_finite.len(), 1, "{:?}", report.not_finite);
+}
+
+/// Runs `verify` on a case; all quantities must pass within the limits of the oracle's README.
+fn verify_case(case: &str, make: &marimba_experiments::verify::MakeEngine) {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("fixtures/hf/public")
+        .join(case);
+    let quirks = [hf::Quirk::DecodeIgnoresDtLimit];
+    let report =
+        marimba_experiments::verify::verify(&dir, &dir.join("expected.safetensors"), &quirks, make)
+            .unwrap_or_else(|e| panic!("{case}: {e}"));
+    println!("{case}\n{}", report.table());
+    assert_eq!(report.quantities.len(), 7, "{case}\n{}", report.table());
+    assert!(report.pass, "{case}\n{}", report.table());
+}
+
+macro_rules! cases {
+    ($($name:ident $case:literal),* $(,)?) => {
+        mod dfdx {
+            use super::*;
+            $(#[test]
+            fn $name() {
+                verify_case($case, &|| Ok(Box::new(marimba_backend::dfdx::DfdxEngine::<marimba_backend::dfdx::Device>::default())));
+            })*
+        }
+
+        mod cpu {
+            use super::*;
+            $(#[test]
+            fn $name() {
+                verify_case($case, &|| Ok(Box::new(marimba_backend::CpuEngine::new(1)?)));
+            })*
+        }
+
+        #[test]
+        fn no_case_is_forgotten() {
+            let all: Vec<String> = cases().iter().map(|c| name(c)).collect();
+            assert_eq!(all, [$($case),*]);
+        }
+    };
+}
+
+cases! {
+    bamba_a "bamba-a", bamba_b "bamba-b", falcon_h1_a "falcon_h1-a", falcon_h1_b "falcon_h1-b",
+    falcon_mamba_a "falcon_mamba-a", falcon_mamba_b "falcon_mamba-b", granitemoehybrid_a "granitemoehybrid-a",
+    granitemoehybrid_b "granitemoehybrid-b", jamba_a "jamba-a", jamba_b "jamba-b", llama_a "llama-a", llama_b "llama-b",
+    llama_c "llama-c", mamba_a "mamba-a", mamba_b "mamba-b", mamba2_a "mamba2-a", mamba2_b "mamba2-b", mixtral_a "mixtral-a",
+    mixtral_b "mixtral-b", nemotron_h_a "nemotron_h-a", nemotron_h_b "nemotron_h-b", phi3_a "phi3-a", phi3_b "phi3-b",
+    qwen3_next_a "qwen3_next-a", qwen3_next_b "qwen3_next-b", zamba_a "zamba-a", zamba_b "zamba-b",
+}
+
+/// What the table of families claims is what these tests hold the code to.
+#[test]
+fn every_family_has_a_case_and_a_row() {
+    let all: Vec<String> = cases().iter().map(|c| name(c)).collect();
+    for row in hf::support() {
+        assert!(
+            all.iter()
+                .any(|c| c.rsplit_once('-').unwrap().0 == row.family),
+            "{}",
+            row.family
+        );
+        assert!(hf::support_table().contains(&format!("| {} |", row.family)));
+    }
+    assert_eq!(hf::support().len(), 13);
+}
