@@ -10,7 +10,7 @@ use super::exec;
 use super::memory::Buffer;
 use super::tensor::{Args, Cx, Results, Slot, SlotMut};
 use crate::{BackendError, HostTensor, NonFinite, Outputs};
-use marimba_ir::op::{Alias, Op};
+use marimba_ir::op::Alias;
 use marimba_ir::{DType, Def, External, Graph, Memory, Node, Plan, Type, ValueId};
 use std::collections::HashMap;
 
@@ -268,20 +268,14 @@ pub(super) fn check(g: &Graph, plan: &Plan) -> Result<(), BackendError> {
 
 /// Whether all results are views, so that nothing runs.
 fn is_view(node: &Node) -> bool {
-    match node.op {
-        Op::Reshape(_) | Op::Rows(_) => true,
-        _ => {
-            !node.results.is_empty()
-                && (0..node.results.len())
-                    .all(|k| matches!(node.op.alias(k), Some(Alias::View { .. })))
-        }
-    }
+    !node.results.is_empty()
+        && (0..node.results.len()).all(|k| matches!(node.alias(k), Some(Alias::View { .. })))
 }
 
 /// Whether argument `i` is overwritten by a result.
 fn in_place(node: &Node, i: usize) -> bool {
     (0..node.results.len())
-        .any(|k| matches!(node.op.alias(k), Some(Alias::InPlace { arg }) if arg == i))
+        .any(|k| matches!(node.alias(k), Some(Alias::InPlace { arg }) if arg == i))
 }
 
 /// Two values of a node of which one is written and which share bytes.

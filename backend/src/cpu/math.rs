@@ -128,7 +128,7 @@ fn erf_over(z: f32) -> f32 {
     let p = p.mul_add(z, -2.685_381_2e-2);
     let p = p.mul_add(z, 0.112_835_85);
     let p = p.mul_add(z, -0.376_126_26);
-    p.mul_add(z, 1.128_379_2)
+    p.mul_add(z, std::f32::consts::FRAC_2_SQRT_PI)
 }
 
 /// `erfc(a)` for a >= 1, given `e^(-a^2)`.
@@ -143,7 +143,7 @@ fn erfc_large(a: f32, gauss: f32) -> f32 {
     let p = p.mul_add(t, 0.252_967_62);
     let p = p.mul_add(t, 0.280_990_73);
     let p = p.mul_add(t, 0.282_199_4);
-    let p = p.mul_add(t, -4.103_561_7e-6);
+    let p = p.mul_add(t, -4.103_562e-6);
     p * gauss
 }
 
@@ -183,7 +183,7 @@ fn twice_u(x: f32) -> f32 {
     TWICE_SQRT_2_OVER_PI * (0.044_715 * x * x).mul_add(x, x)
 }
 
-const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769_1;
+const TWICE_SQRT_2_OVER_PI: f32 = 1.595_769;
 
 /// Derivative of [`gelu_tanh`].
 #[inline(always)]

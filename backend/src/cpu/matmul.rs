@@ -94,11 +94,10 @@ pub(super) fn matmul(c: MatMut, beta: f32, alpha: f32, a: Mat, b: Mat) {
 
 /// `c = beta c + alpha a b` on all threads of the engine. Not from within a task.
 pub(super) fn par_matmul(cx: &Cx, c: MatMut, beta: f32, alpha: f32, a: Mat, b: Mat) {
-    let parallelism = match cx.threads() {
-        1 => Parallelism::None,
-        n => Parallelism::Rayon(n),
-    };
-    run(c, beta, alpha, a, b, parallelism);
+    match cx.threads() {
+        1 => matmul(c, beta, alpha, a, b),
+        n => run(c, beta, alpha, a, b, Parallelism::Rayon(n)),
+    }
 }
 
 fn run(c: MatMut, beta: f32, alpha: f32, a: Mat, b: Mat, parallelism: Parallelism) {

@@ -8,6 +8,9 @@ use std::ptr::NonNull;
 /// Alignment of buffers: that of the plan's offsets.
 pub(super) const ALIGN: usize = 256;
 
+/// From this size on, buffers are aligned to the pages that they ask for.
+const HUGE_PAGE: usize = 2 << 20;
+
 /// Zeroed bytes aligned to [`ALIGN`]. Always initialised, so every 4 bytes are a valid f32 and a valid i32.
 pub(super) struct Buffer {
     start: NonNull<u8>,
@@ -38,10 +41,11 @@ impl Buffer {
         let layout = layout(bytes);
         // SAFETY: the size is not zero.
         let start = unsafe { alloc_zeroed(layout) };
-        match NonNull::new(start) {
-            Some(start) => Buffer { start, bytes },
-            None => handle_alloc_error(layout),
-        }
+        let Some(start) = NonNull::new(start) else {
+            handle_alloc_error(layout);
+        };
+        ask_for_huge_pages(start, bytes);
+        Buffer { start, bytes }
     }
 
     /// Size.
@@ -114,8 +118,29 @@ impl Drop for Buffer {
 }
 
 fn layout(bytes: usize) -> Layout {
-    Layout::from_size_align(bytes, ALIGN).expect("a size below isize::MAX")
+    let align = if bytes >= HUGE_PAGE { HUGE_PAGE } else { ALIGN };
+    Layout::from_size_align(bytes, align).expect("a size below isize::MAX")
 }
+
+/// Asks the kernel to back a large buffer with 2 MiB pages, where it does so only on request (Debian's and Ubuntu's default): strided
+/// walks over an arena of 4 KiB pages miss the TLB at almost every row. A refusal costs nothing but that.
+#[cfg(target_os = "linux")]
+fn ask_for_huge_pages(start: NonNull<u8>, bytes: usize) {
+    if bytes >= HUGE_PAGE {
+        // SAFETY: the range was just allocated, and this advice changes no contents.
+        unsafe {
+            libc::madvise(
+                start.as_ptr().cast(),
+                bytes / HUGE_PAGE * HUGE_PAGE,
+                libc::MADV_HUGEPAGE,
+            );
+        }
+    }
+}
+
+/// Other systems choose page sizes by themselves.
+#[cfg(not(target_os = "linux"))]
+fn ask_for_huge_pages(_: NonNull<u8>, _: usize) {}
 
 /// Bytes this process may still take: the smaller of what the kernel calls available and what its control group leaves.
 /// `None` where neither can be read (not Linux).

@@ -235,7 +235,7 @@ impl Columns<'_> {
 
 /// Splits the row-major matrix `x [rows, cols]` into `cols / width` blocks of `width` columns.
 pub(super) fn column_blocks(x: &mut [f32], cols: usize, width: usize) -> Vec<Columns<'_>> {
-    assert!(width > 0 && cols % width == 0 && x.len() % cols == 0);
+    assert!(width > 0 && cols.is_multiple_of(width) && x.len().is_multiple_of(cols));
     let rows = x.len() / cols;
     let start = x.as_mut_ptr();
     (0..cols / width)
