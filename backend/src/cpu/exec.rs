@@ -9,10 +9,7 @@ use super::{
 use marimba_ir::op::Op;
 
 /// Runs one op. Views have nothing to run.
-///
-/// # Errors
-/// The reason why the op cannot run here.
-pub(super) fn call(op: &Op, a: &Args, r: &mut Results, cx: &Cx) -> Result<(), &'static str> {
+pub(super) fn call(op: &Op, a: &Args, r: &mut Results, cx: &Cx) {
     match op {
         Op::Embed(op) => embed::embed(op, a, r, cx),
         Op::EmbedBwd(op) => embed::embed_bwd(op, a, r, cx),
@@ -65,5 +62,4 @@ pub(super) fn call(op: &Op, a: &Args, r: &mut Results, cx: &Cx) -> Result<(), &'
         Op::GlobalNorm(op) => adamw::global_norm(op, a, r, cx),
         Op::AdamW(op) => adamw::adamw(op, a, r, cx),
     }
-    Ok(())
 }

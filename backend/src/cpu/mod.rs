@@ -155,7 +155,7 @@ impl CpuEngine {
         let (cx, poison, p) = (&self.cx, self.poison, &*p);
         let mut run = || {
             for i in 0..p.len() {
-                p.run_node(i, &memories, cx)?;
+                p.run_node(i, &memories, cx);
                 if !after(p, i, &memories) {
                     break;
                 }
@@ -163,12 +163,12 @@ impl CpuEngine {
                     p.poison_dead(i, &memories);
                 }
             }
-            Ok(())
         };
         match &self.pool {
             Some(pool) => pool.install(&mut run),
             None => run(),
         }
+        Ok(())
     }
 
     /// Copies of the named outputs.
