@@ -6,7 +6,7 @@
 mod cpu;
 pub mod dfdx;
 
-pub use cpu::{CpuEngine, NodeTime};
+pub use cpu::CpuEngine;
 
 use marimba_ir::{Graph, Plan, Type};
 use std::collections::HashMap;
@@ -124,6 +124,19 @@ pub struct NonFinite {
     pub largest_arg: f32,
 }
 
+/// Time of one node in a profiled run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct NodeTime {
+    /// Op name.
+    pub op: &'static str,
+    /// DSL path.
+    pub path: String,
+    /// Seconds.
+    pub secs: f64,
+    /// Floating point operations of the node.
+    pub flops: f64,
+}
+
 /// A backend. Externals are addressed by `word:name` (`param:layers.0.mixer.in_proj`, `state:layers.0.mixer.conv`).
 pub trait Engine: Send {
     /// `cpu`, `dfdx` or `cuda`.
@@ -155,6 +168,19 @@ pub trait Engine: Send {
         program: ProgramId,
         inputs: &[(&str, HostTensor)],
     ) -> Result<Option<NonFinite>, BackendError>;
+
+    /// Runs a program and times its nodes; empty where the backend cannot tell.
+    ///
+    /// # Errors
+    /// As [`Engine::run`].
+    fn profile(
+        &mut self,
+        program: ProgramId,
+        inputs: &[(&str, HostTensor)],
+    ) -> Result<Vec<NodeTime>, BackendError> {
+        self.run(program, inputs)?;
+        Ok(Vec::new())
+    }
 
     /// Overwrites an external, making it when it does not exist.
     ///

@@ -1,2 +1,7 @@
-//! The marimba binary.
-fn main() {}
+//! The `marimba` command.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    marimba_experiments::cli::main()
+}

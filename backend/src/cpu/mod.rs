@@ -38,7 +38,7 @@ mod testing;
 mod tests;
 mod view;
 
-use crate::{BackendError, Engine, HostTensor, NonFinite, Outputs, ProgramId};
+use crate::{BackendError, Engine, HostTensor, NodeTime, NonFinite, Outputs, ProgramId};
 use bind::{Memories, Program};
 use marimba_ir::{DType, Graph, Plan, Type};
 use memory::{Buffer, available_bytes};
@@ -63,19 +63,6 @@ pub struct CpuEngine {
 struct Stored {
     ty: Type,
     buffer: Buffer,
-}
-
-/// Time spent in one node, summed over the runs of a profile.
-#[derive(Clone, Debug, PartialEq)]
-pub struct NodeTime {
-    /// Op name.
-    pub op: &'static str,
-    /// DSL path.
-    pub path: String,
-    /// Seconds.
-    pub secs: f64,
-    /// Floating point operations, as the op counts them.
-    pub flops: f64,
 }
 
 impl CpuEngine {
@@ -206,6 +193,14 @@ impl CpuEngine {
 impl Engine for CpuEngine {
     fn name(&self) -> &'static str {
         "cpu"
+    }
+
+    fn profile(
+        &mut self,
+        program: ProgramId,
+        inputs: &[(&str, HostTensor)],
+    ) -> Result<Vec<NodeTime>, BackendError> {
+        Ok(self.run_profiled(program, inputs)?.1)
     }
 
     fn load(&mut self, graph: Graph, plan: Plan) -> Result<ProgramId, BackendError> {

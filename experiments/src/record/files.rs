@@ -142,3 +142,9 @@ mod tests {
         ));
     }
 }
+
+/// SHA-256 of a text, in hexadecimal: equal iff two resolved configurations are the same.
+pub fn content_hash(text: &str) -> String {
+    use sha2::{Digest, Sha256};
+    crate::data::hex(&Sha256::digest(text.as_bytes()))
+}

@@ -3,6 +3,7 @@
 //!
 //! `g' = g * min(1, clip / norm)`, `m = b1 m + (1-b1) g'`, `v = b2 v + (1-b2) g'^2`,
 //! `p = p - lr (m / (1-b1^step) / (sqrt(v / (1-b2^step)) + eps) + decay p)`.
+//! When `norm` is not finite nothing is written: parameters and moments stay as they were, and the caller stops.
 //!
 //! | op | arg/result | type | meaning |
 //! |---|---|---|---|

@@ -1,0 +1,285 @@
+//! `marimba bench`: speed beside this machine's own ceiling, measured in the same run.
+
+use super::{CliError, Sets, human, human_bytes, print_json};
+use crate::data::rng::Rng;
+use crate::engine;
+use crate::init;
+use crate::program::{self, Program, TrainOptions};
+use clap::{Args, Subcommand};
+use marimba_backend::{Engine, HostTensor, ProgramId};
+use marimba_dsl::Source;
+use marimba_dsl::run::{AdamW, Backend};
+use marimba_ir::lower::{OptimizerConfig, update};
+use marimba_ir::op::Linear;
+use marimba_ir::{External, Graph, Phase, Place, Type, cost, dims, plan};
+use serde::Serialize;
+use std::path::PathBuf;
+use std::time::Instant;
+
+/// What to measure.
+#[derive(Subcommand)]
+pub(super) enum BenchCmd {
+    /// Training steps: forward, backward, clip, AdamW
+    Train(BenchTrainArgs),
+}
+
+/// Measure training.
+#[derive(Args)]
+#[command(
+    after_help = "Example:\n  marimba bench train experiments/bench/mamba2-hybrid.ron --batch 8 --seq 256 --steps 20 --json"
+)]
+pub(super) struct BenchTrainArgs {
+    /// A model or run file
+    model: PathBuf,
+    #[command(flatten)]
+    sets: Sets,
+    /// auto, cpu or dfdx
+    #[arg(long, default_value = "auto")]
+    backend: String,
+    /// Rows of a batch
+    #[arg(long, default_value_t = 8)]
+    batch: usize,
+    /// Tokens of a row
+    #[arg(long, default_value_t = 256)]
+    seq: usize,
+    /// Timed steps, after two that are not
+    #[arg(long, default_value_t = 10)]
+    steps: usize,
+    /// Threads of the cpu backend [default: all cores]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// Print where the time goes, by op
+    #[arg(long)]
+    profile: bool,
+    /// Print as JSON on stdout
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Serialize)]
+struct BenchTrain {
+    model: String,
+    backend: &'static str,
+    threads: usize,
+    batch: usize,
+    seq_len: usize,
+    params: usize,
+    tokens_per_sec: f64,
+    step_ms: f64,
+    step_ms_min: f64,
+    arena_bytes: usize,
+    live_bytes: usize,
+    model_flops_per_token: f64,
+    model_flops_per_sec: f64,
+    matmul_flops_per_sec: f64,
+    fraction: f64,
+    loss: f64,
+}
+
+pub(super) fn run(cmd: &BenchCmd) -> Result<(), CliError> {
+    match cmd {
+        BenchCmd::Train(args) => bench_train(args),
+    }
+}
+
+fn bench_train(args: &BenchTrainArgs) -> Result<(), CliError> {
+    let source = Source::read(&args.model)?;
+    let model = super::files::model_of(&source, &args.sets.sets)?;
+    let backend = match args.backend.as_str() {
+        "auto" => Backend::Auto,
+        "cpu" => Backend::Cpu,
+        "dfdx" => Backend::Dfdx,
+        "cuda" => Backend::Cuda,
+        other => {
+            return Err(CliError::Other(format!(
+                "no backend {other}; auto, cpu, dfdx and cuda exist"
+            )));
+        }
+    };
+    let threads = args.threads.unwrap_or_else(engine::cores);
+    let mut engine = engine::open(backend, threads)?;
+    let matmul_before = matmul_rate(engine.as_mut())?;
+
+    let Program {
+        graph,
+        plan: memory,
+    } = program::training(
+        &model,
+        &TrainOptions::plain(),
+        args.batch.max(1),
+        args.seq.max(1),
+    )?;
+    let tokens = args.batch * args.seq;
+    let model_flops_per_token = cost::costs(&graph).model_flops() / tokens as f64;
+    let params = graph.params.clone();
+    for p in &params {
+        engine.write(
+            &format!("param:{}", p.name),
+            &p.ty,
+            &HostTensor::F32(init::init(p, 0)),
+        )?;
+    }
+    let (arena_bytes, live_bytes) = (memory.arena_bytes, memory.live_bytes);
+    let step = engine.load(graph, memory)?;
+    let o = AdamW::default();
+    let config = OptimizerConfig {
+        betas: o.betas,
+        eps: o.eps,
+        weight_decay: o.weight_decay,
+        clip: Some(1.0),
+    };
+    let g = update(&params, &config)?;
+    let memory = plan(&g);
+    let optimizer = engine.load(g, memory)?;
+
+    let mut rng = Rng::new(&[0]);
+    let ids: Vec<i32> = (0..tokens)
+        .map(|_| rng.below(model.vocab_size as u64) as i32)
+        .collect();
+    let targets: Vec<i32> = (0..tokens)
+        .map(|_| rng.below(model.vocab_size as u64) as i32)
+        .collect();
+    let pos: Vec<i32> = (0..tokens).map(|i| (i % args.seq) as i32).collect();
+    let inputs = [
+        ("tokens", HostTensor::I32(ids)),
+        ("targets", HostTensor::I32(targets)),
+        ("pos", HostTensor::I32(pos)),
+        ("loss_scale", HostTensor::F32(vec![1.0 / tokens as f32])),
+        ("grad_keep", HostTensor::F32(vec![0.0])),
+    ];
+    let mut times = Vec::new();
+    let mut loss = f64::NAN;
+    for i in 0..args.steps.max(1) + 2 {
+        let begun = Instant::now();
+        let out = engine.run(step, &inputs)?;
+        let n = HostTensor::F32(vec![(i + 1) as f32]);
+        engine.run(
+            optimizer,
+            &[("lr", HostTensor::F32(vec![1e-3])), ("step", n)],
+        )?;
+        times.push(begun.elapsed().as_secs_f64());
+        loss = out
+            .get("loss")
+            .and_then(|l| l.f32().first())
+            .map_or(f64::NAN, |&l| f64::from(l));
+    }
+    let matmul = matmul_before.max(matmul_rate(engine.as_mut())?);
+    let mut times = times.split_off(2);
+    times.sort_by(f64::total_cmp);
+    let secs = times[times.len() / 2];
+    let tokens_per_sec = tokens as f64 / secs;
+    let result = BenchTrain {
+        model: model.name.clone(),
+        backend: engine.name(),
+        threads,
+        batch: args.batch,
+        seq_len: args.seq,
+        params: params.iter().map(|p| p.ty.len()).sum(),
+        tokens_per_sec,
+        step_ms: secs * 1e3,
+        step_ms_min: times[0] * 1e3,
+        arena_bytes,
+        live_bytes,
+        model_flops_per_token,
+        model_flops_per_sec: model_flops_per_token * tokens_per_sec,
+        matmul_flops_per_sec: matmul,
+        fraction: model_flops_per_token * tokens_per_sec / matmul,
+        loss,
+    };
+    if args.profile {
+        profile(engine.as_mut(), step, &inputs)?;
+    }
+    if args.json {
+        return print_json(&result);
+    }
+    println!(
+        "{} on {} with {} threads, {} x {} tokens",
+        result.model, result.backend, threads, args.batch, args.seq
+    );
+    println!(
+        "  step          {:.1} ms (fastest {:.1} ms)   {} tokens/s",
+        result.step_ms,
+        result.step_ms_min,
+        human(tokens_per_sec)
+    );
+    println!(
+        "  model FLOPs   {}/token   {}/s",
+        human(model_flops_per_token),
+        human(result.model_flops_per_sec)
+    );
+    println!(
+        "  matmul here   {}/s, so the step runs at {:.1}% of it",
+        human(matmul),
+        100.0 * result.fraction
+    );
+    println!(
+        "  arena         {} (live bound {})",
+        human_bytes(arena_bytes as u64),
+        human_bytes(live_bytes as u64)
+    );
+    Ok(())
+}
+
+/// Time by op, largest first, on stderr.
+fn profile(
+    engine: &mut dyn Engine,
+    program: ProgramId,
+    inputs: &[(&str, HostTensor)],
+) -> Result<(), CliError> {
+    let rows = engine.profile(program, inputs)?;
+    let total: f64 = rows.iter().map(|r| r.secs).sum();
+    let mut by_op: Vec<(String, f64, usize, f64)> = Vec::new();
+    for r in rows {
+        match by_op.iter_mut().find(|(op, ..)| *op == r.op) {
+            Some((_, secs, n, flops)) => {
+                *secs += r.secs;
+                *n += 1;
+                *flops += r.flops;
+            }
+            None => by_op.push((r.op.to_string(), r.secs, 1, r.flops)),
+        }
+    }
+    by_op.sort_by(|a, b| b.1.total_cmp(&a.1));
+    for (op, secs, n, flops) in by_op {
+        eprintln!(
+            "  {op:28} {:8.2} ms {:5.1}%  {n:4} nodes  {:>10}FLOP/s",
+            secs * 1e3,
+            100.0 * secs / total,
+            human(flops / secs)
+        );
+    }
+    Ok(())
+}
+
+/// Best rate of a 1024^3 f32 product through the same engine.
+fn matmul_rate(engine: &mut dyn Engine) -> Result<f64, CliError> {
+    const N: usize = 1024;
+    let mut g = Graph::new();
+    let at = Place {
+        path: "bench".into(),
+        block: None,
+        phase: Phase::Forward,
+    };
+    let x = g.add_external(External::Param, "bench.x", Type::f32(dims![R N, D N]));
+    let w = g.add_external(External::Param, "bench.w", Type::f32(dims![D N, D N]));
+    let y = g.push(Linear, vec![Some(x), Some(w), None], &at)?[0];
+    g.outputs.push(("grad:bench".into(), y));
+    for name in ["bench.x", "bench.w"] {
+        let mut rng = Rng::new(&[1]);
+        let data = (0..N * N).map(|_| rng.unit() as f32 - 0.5).collect();
+        engine.write(
+            &format!("param:{name}"),
+            &Type::f32(dims![R N, D N]),
+            &HostTensor::F32(data),
+        )?;
+    }
+    let memory = plan(&g);
+    let program = engine.load(g, memory)?;
+    let mut best = f64::INFINITY;
+    for _ in 0..20 {
+        let begun = Instant::now();
+        engine.run(program, &[])?;
+        best = best.min(begun.elapsed().as_secs_f64());
+    }
+    Ok(2.0 * (N as f64).powi(3) / best)
+}

@@ -1,0 +1,114 @@
+//! Initial parameters. Each parameter draws from its own stream, keyed by the run's seed and its name, so that neither the order of
+//! parameters nor the backend changes them.
+
+use crate::data::rng::Rng;
+use marimba_ir::{Param, ParamInit};
+
+/// Draws the parameter of a run with this seed.
+pub fn init(param: &Param, seed: u64) -> Vec<f32> {
+    let n = param.ty.len();
+    let mut rng = Rng::new(&[seed, stream(&param.name)]);
+    let mut draw =
+        |f: &mut dyn FnMut(&mut Rng) -> f64| (0..n).map(|_| f(&mut rng) as f32).collect();
+    match param.init {
+        ParamInit::Zeros => vec![0.0; n],
+        ParamInit::Ones => vec![1.0; n],
+        ParamInit::Normal(std) => draw(&mut |r| normal(r) * std),
+        ParamInit::Uniform(bound) => draw(&mut |r| (2.0 * r.unit() - 1.0) * bound),
+        ParamInit::LogUniformA(low, high) => draw(&mut |r| (low + (high - low) * r.unit()).ln()),
+        ParamInit::LogArange => {
+            let last = param.ty.last().max(1);
+            (0..n)
+                .map(|i| ((i % last + 1) as f64).ln() as f32)
+                .collect()
+        }
+        ParamInit::DtBias { min, max, floor } => draw(&mut |r| {
+            let dt = (min.ln() + (max.ln() - min.ln()) * r.unit())
+                .exp()
+                .max(floor);
+            // Inverse of softplus: ln(e^dt - 1), without cancellation for small dt.
+            dt + (-(-dt).exp_m1()).ln()
+        }),
+    }
+}
+
+/// Box and Muller; one number a draw keeps streams independent of pairing.
+fn normal(rng: &mut Rng) -> f64 {
+    let u = 1.0 - rng.unit();
+    (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * rng.unit()).cos()
+}
+
+/// FNV-1a of the name.
+fn stream(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| {
+        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use marimba_ir::{Type, dims};
+
+    fn param(init: ParamInit) -> Param {
+        let ty = Type::f32(dims![I 100, N 50]);
+        Param {
+            name: "p".into(),
+            ty,
+            init,
+            decay: true,
+            trainable: true,
+            active: (1, 1),
+            path: String::new(),
+        }
+    }
+
+    #[test]
+    fn moments_and_ranges_are_as_declared() {
+        let x = init(&param(ParamInit::Normal(0.5)), 1);
+        let mean = x.iter().sum::<f32>() / x.len() as f32;
+        let var = x.iter().map(|v| (v - mean).powi(2)).sum::<f32>() / x.len() as f32;
+        assert!(
+            mean.abs() < 0.03 && (var.sqrt() - 0.5).abs() < 0.02,
+            "{mean} {var}"
+        );
+
+        let a = init(&param(ParamInit::LogUniformA(1.0, 16.0)), 1);
+        assert!(a.iter().all(|v| (0.0..=16f32.ln()).contains(v)));
+        assert!(a.iter().any(|v| v.exp() > 15.0) && a.iter().any(|v| v.exp() < 2.0));
+
+        let dt = init(
+            &param(ParamInit::DtBias {
+                min: 1e-3,
+                max: 0.1,
+                floor: 1e-4,
+            }),
+            1,
+        );
+        let softplus = |v: f32| f64::from(v).exp().ln_1p();
+        assert!(
+            dt.iter()
+                .all(|&v| (0.999e-3..0.1001).contains(&softplus(v)))
+        );
+
+        let arange = init(&param(ParamInit::LogArange), 1);
+        assert_eq!((arange[0], arange[49], arange[50]), (0.0, 50f32.ln(), 0.0));
+    }
+
+    #[test]
+    fn streams_depend_on_seed_and_name_only() {
+        let p = param(ParamInit::Normal(1.0));
+        assert_eq!(init(&p, 7), init(&p, 7));
+        assert_ne!(init(&p, 7), init(&p, 8));
+        assert_ne!(
+            init(&p, 7),
+            init(
+                &Param {
+                    name: "q".into(),
+                    ..p.clone()
+                },
+                7
+            )
+        );
+    }
+}
