@@ -123,11 +123,8 @@ pub fn main() -> ExitCode {
         Verb::Bench(cmd) => bench::run(&cmd),
         Verb::Doctor(args) => doctor::run(&args),
         Verb::Completions { shell } => {
-                shell,
-                &mut Cli::command(),
-                "marimba",
-                &mut std::io::stdout(),
-            );
+            let mut command = Cli::command();
+            clap_complete::generate(shell, &mut command, "marimba", &mut std::io::stdout());
             Ok(())
         }
     };
