@@ -8,7 +8,7 @@ use crate::program::{self, Program, TrainOptions};
 use clap::{Args, Subcommand};
 use marimba_backend::{Engine, HostTensor, ProgramId};
 use marimba_dsl::Source;
-use marimba_dsl::run::{AdamW, Backend};
+use marimba_dsl::run::AdamW;
 use marimba_ir::lower::{OptimizerConfig, update};
 use marimba_ir::op::Linear;
 use marimba_ir::{External, Graph, Phase, Place, Type, cost, dims, plan};
@@ -21,6 +21,8 @@ use std::time::Instant;
 pub(super) enum BenchCmd {
     /// Training steps: forward, backward, clip, AdamW
     Train(BenchTrainArgs),
+    /// Reading data
+    Data(super::data::BenchDataArgs),
 }
 
 /// Measure training.
@@ -79,23 +81,16 @@ struct BenchTrain {
 pub(super) fn run(cmd: &BenchCmd) -> Result<(), CliError> {
     match cmd {
         BenchCmd::Train(args) => bench_train(args),
+        BenchCmd::Data(args) => {
+            super::data::run_bench(args).map_err(|e| CliError::Other(e.to_string()))
+        }
     }
 }
 
 fn bench_train(args: &BenchTrainArgs) -> Result<(), CliError> {
     let source = Source::read(&args.model)?;
     let model = super::files::model_of(&source, &args.sets.sets)?;
-    let backend = match args.backend.as_str() {
-        "auto" => Backend::Auto,
-        "cpu" => Backend::Cpu,
-        "dfdx" => Backend::Dfdx,
-        "cuda" => Backend::Cuda,
-        other => {
-            return Err(CliError::Other(format!(
-                "no backend {other}; auto, cpu, dfdx and cuda exist"
-            )));
-        }
-    };
+    let backend = super::hf::backend_of(&args.backend)?;
     let threads = args.threads.unwrap_or_else(engine::cores);
     let mut engine = engine::open(backend, threads)?;
     let matmul_before = matmul_rate(engine.as_mut())?;

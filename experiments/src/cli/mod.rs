@@ -8,6 +8,8 @@ mod compare;
 pub mod data;
 mod doctor;
 mod files;
+mod generate;
+mod hf;
 mod progress;
 mod show;
 mod sweep;
@@ -44,6 +46,17 @@ enum Verb {
     Sweep(sweep::SweepArgs),
     /// Compare runs: a table, and a report with learning curves
     Compare(compare::CompareArgs),
+    /// Continue a prompt with a trained model
+    Generate(generate::GenerateArgs),
+    /// Make a checkpoint of a Hugging Face folder
+    Import(hf::ImportArgs),
+    /// Write a checkpoint as a Hugging Face folder
+    Export(hf::ExportArgs),
+    /// Compare a Hugging Face checkpoint with expected numbers
+    Verify(hf::VerifyArgs),
+    /// Look at data, prepare it, and ask what a run reads
+    #[command(subcommand)]
+    Data(data::DataCmd),
     /// Measure speed against this machine's own ceilings
     #[command(subcommand)]
     Bench(bench::BenchCmd),
@@ -120,6 +133,11 @@ pub fn main() -> ExitCode {
         Verb::Train(args) => train::run(&args),
         Verb::Sweep(args) => sweep::run(&args),
         Verb::Compare(args) => compare::run(&args),
+        Verb::Generate(args) => generate::run(&args),
+        Verb::Import(args) => hf::import(&args),
+        Verb::Export(args) => hf::export(&args),
+        Verb::Verify(args) => hf::check(&args),
+        Verb::Data(cmd) => data::run(&cmd).map_err(|e| CliError::Other(e.to_string())),
         Verb::Bench(cmd) => bench::run(&cmd),
         Verb::Doctor(args) => doctor::run(&args),
         Verb::Completions { shell } => {
