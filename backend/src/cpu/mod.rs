@@ -29,6 +29,8 @@ mod rope;
 mod route;
 mod selective_scan;
 mod simd;
+#[cfg(test)]
+mod speed;
 mod ssd;
 mod stat;
 mod tensor;
