@@ -131,7 +131,7 @@ fn exp2(x: f32) -> f32 {
     let p = p.mul_add(r, 9.671_513e-3);
     let p = p.mul_add(r, 5.550_733_7e-2);
     let p = p.mul_add(r, 0.240_222_42);
-    let p = p.mul_add(r, 0.693_147);
+    let p = p.mul_add(r, 0.693_146_97);
     let p = p.mul_add(r, 1.0);
     f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
 }
