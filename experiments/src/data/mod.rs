@@ -59,13 +59,19 @@ impl Batch {
     /// A batch of `rows` rows of token 0, all targets ignored, one segment.
     pub fn blank(rows: usize, seq_len: usize) -> Self {
         let n = rows * seq_len;
+        let mut positions = vec![0; n];
+        for row in positions.chunks_exact_mut(seq_len.max(1)) {
+            for (t, p) in row.iter_mut().enumerate() {
+                *p = t as i32;
+            }
+        }
         Self {
             rows,
             seq_len,
             tokens: vec![0; n],
             targets: vec![IGNORED; n],
             segments: vec![0; n],
-            positions: (0..n).map(|i| (i % seq_len.max(1)) as i32).collect(),
+            positions,
             provenance: Vec::with_capacity(rows),
         }
     }
@@ -213,13 +219,69 @@ impl LoaderState {
     }
 }
 
-/// Cursor of one logical shard ("lane") of the document pipeline.
+/// Cursor of one logical shard ("lane") of the document pipeline. Saved as a flat list of numbers, to stay small.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "Vec<u64>", try_from = "Vec<u64>")]
 pub struct LaneState {
     /// Which lane.
     pub lane: u32,
     /// Where its last stage stands.
     pub window: pipeline::window::WindowState,
+}
+
+impl From<LaneState> for Vec<u64> {
+    /// Lane, rows, phase, open document (dataset + 1 or 0, tokens used), then three numbers per dataset.
+    fn from(state: LaneState) -> Self {
+        let pack = state.window.pack;
+        let (dataset, used) = pack
+            .open
+            .map_or((0, 0), |(d, used)| (u64::from(d) + 1, used));
+        let head = [
+            u64::from(state.lane),
+            state.window.rows,
+            u64::from(pack.mixture.phase),
+            dataset,
+            used,
+        ];
+        head.into_iter()
+            .chain(pack.mixture.drawn.into_iter().flatten())
+            .collect()
+    }
+}
+
+impl TryFrom<Vec<u64>> for LaneState {
+    type Error = DataError;
+
+    fn try_from(numbers: Vec<u64>) -> Result<Self, DataError> {
+        let bad = || {
+            DataError::State(format!(
+                "a lane's state has {} numbers that do not fit; expected 5 and 3 per dataset",
+                numbers.len()
+            ))
+        };
+        let (head, drawn) = numbers.split_at_checked(5).ok_or_else(bad)?;
+        let small = |n: u64| u32::try_from(n).map_err(|_| bad());
+        let (drawn, rest) = drawn.as_chunks::<3>();
+        if !rest.is_empty() {
+            return Err(bad());
+        }
+        let open = match head[3] {
+            0 => None,
+            d => Some((small(d - 1)?, head[4])),
+        };
+        let mixture = pipeline::mixture::MixtureState {
+            drawn: drawn.to_vec(),
+            phase: small(head[2])?,
+        };
+        let window = pipeline::window::WindowState {
+            pack: pipeline::pack::PackState { mixture, open },
+            rows: head[1],
+        };
+        Ok(Self {
+            lane: small(head[0])?,
+            window,
+        })
+    }
 }
 
 /// A piece's place for people.
