@@ -296,3 +296,19 @@ fn every_family_has_a_case_and_a_row() {
     }
     assert_eq!(hf::support().len(), 13);
 }
+
+/// The README's table of families is what the code says. `BLESS=1` writes it.
+#[test]
+fn the_readme_lists_what_works_with_each_family() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let (begin, end) = ("<!-- families -->\n", "<!-- /families -->");
+    let (before, rest) = text.split_once(begin).unwrap();
+    let (listed, after) = rest.split_once(end).unwrap();
+    let right = hf::support_table();
+    if std::env::var_os("BLESS").is_some_and(|v| v == "1") {
+        std::fs::write(&path, format!("{before}{begin}{right}{end}{after}")).unwrap();
+    } else {
+        assert_eq!(listed, right, "run with BLESS=1");
+    }
+}

@@ -324,7 +324,7 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens a checkpoint folder, or the latest one in a folder of checkpoints.
+    /// Opens a checkpoint folder, or the latest one in a folder of checkpoints or in a run folder.
     ///
     /// # Errors
     /// [`CheckpointError::NotFound`] when there is none; [`CheckpointError::Damaged`] when files are absent or of another size than
@@ -333,7 +333,9 @@ impl Checkpoint {
         let dir = if path.join(STATE).is_file() {
             path.to_path_buf()
         } else {
-            latest(path)?.ok_or_else(|| CheckpointError::NotFound {
+            let inside = path.join(crate::record::run_dir::CHECKPOINTS_DIR);
+            let root = if inside.is_dir() { &inside } else { path };
+            latest(root)?.ok_or_else(|| CheckpointError::NotFound {
                 kind: "checkpoint",
                 path: path.to_path_buf(),
                 help: "expected a folder step-NNNNNN with train_state.json, or a folder of such folders".into(),

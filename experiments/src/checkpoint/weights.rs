@@ -2,13 +2,14 @@
 
 use super::hf::{self, Opened};
 use super::{Checkpoint, CheckpointError};
+use marimba_dsl::data::{Data, Text, Tokenizer};
 use marimba_dsl::model::Model;
-use marimba_dsl::{Source, Valid, parse_model};
+use marimba_dsl::{Source, Valid, parse_model, parse_run};
 use marimba_ir::Param;
 use std::path::{Path, PathBuf};
 
 enum Kept {
-    Native(Checkpoint),
+    Native(Box<Checkpoint>),
     Foreign(Box<Opened>),
 }
 
@@ -48,7 +49,7 @@ impl Weights {
         Ok(Weights {
             model,
             params,
-            kept: Kept::Native(ckpt),
+            kept: Kept::Native(Box::new(ckpt)),
         })
     }
 
@@ -61,6 +62,26 @@ impl Weights {
             Kept::Native(c) => Ok(c.model.tensor(&self.params[i].name)?.to_f32()),
             Kept::Foreign(o) => o.param(i),
         }
+    }
+
+    /// The `tokenizer.json` that made the model's tokens: the one beside the weights, or the one that its run names. `None` is bytes.
+    pub fn tokenizer(&self) -> Option<PathBuf> {
+        let beside = self.text_dir().join("tokenizer.json");
+        if beside.is_file() {
+            return Some(beside);
+        }
+        let Kept::Native(c) = &self.kept else {
+            return None;
+        };
+        let source = Source::new("run.ron", c.run_ron.clone()?);
+        let run = parse_run(&source, &[]).ok()?;
+        run.phases.iter().find_map(|p| match &p.data {
+            Data::Text(Text {
+                tokenizer: Tokenizer::File(path),
+                ..
+            }) => Some(path.clone()),
+            _ => None,
+        })
     }
 
     /// Where tokenizer and chat template would be.

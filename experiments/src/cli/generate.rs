@@ -1,108 +1,98 @@
-//! `marimba generate CKPT`
+//! `marimba generate CHECKPOINT --prompt TEXT`
 
-use super::{CliError, interactive};
+use super::hf::backend_of;
+use super::{CliError, print_json};
 use crate::chat::{ChatTemplate, Message};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::Weights;
 use crate::data::tokenizer;
 use crate::engine;
 use crate::generate::{Settings, generate};
 use clap::Args;
 use marimba_backend::HostTensor;
-use marimba_dsl::run::Backend;
-use marimba_dsl::{Source, parse_model};
+use serde_json::json;
 use std::io::Write;
 use std::path::PathBuf;
 
-/// Continue a prompt.
+/// Continue prompts.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  marimba generate runs/text --prompt \"It was\" --max-tokens 200 --temperature 0.8 --top-k 40\n  marimba generate imported/model --chat --prompt \"Hello\""
+    after_help = "Examples:\n  marimba generate runs/text --prompt 'Once upon a time' --temperature 0.8\n  marimba generate ./Bamba-9B --chat --prompt 'Why is the sky blue?'\n  marimba generate ckpt --ids 5,9,12 --json"
 )]
 pub(super) struct GenerateArgs {
-    /// A run folder, a folder of checkpoints, or a checkpoint
+    /// A run folder, a Marimba checkpoint, a folder of them (the latest counts), or a Hugging Face folder
     checkpoint: PathBuf,
-    /// The text to continue
-    #[arg(long, default_value = "")]
-    prompt: String,
+    /// Text to continue (may be repeated; all are continued as one batch)
+    #[arg(long, value_name = "TEXT", default_value = "")]
+    prompt: Vec<String>,
+    /// Token ids to continue instead of text, such as 5,9,12 (may be repeated)
+    #[arg(long, value_name = "IDS", conflicts_with_all = ["prompt", "chat"])]
+    ids: Vec<String>,
+    /// Take each prompt as the user's turn of a conversation, by the checkpoint's chat template
+    #[arg(long)]
+    chat: bool,
+    /// System message of the conversation
+    #[arg(long, requires = "chat")]
+    system: Option<String>,
     /// Most tokens to add
     #[arg(long, default_value_t = 100)]
     max_tokens: usize,
     /// Divides logits before sampling; 0 takes the most likely token
     #[arg(long, default_value_t = 0.8)]
     temperature: f64,
-    /// Sample from this many most likely tokens only; 0 is all
+    /// Sample from this many most likely tokens; 0 is all
     #[arg(long, default_value_t = 0)]
     top_k: usize,
-    /// Sample from the fewest tokens whose probabilities reach this sum
+    /// Sample from the most likely tokens that together have this probability
     #[arg(long, default_value_t = 1.0)]
     top_p: f64,
     /// Seed of the sampling
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// A tokenizer.json [default: the checkpoint's; bytes where it has none]
+    /// Token id that ends a continuation (may be repeated) [default: the tokenizer's end of text]
+    #[arg(long)]
+    stop: Vec<i32>,
+    /// A tokenizer.json [default: the checkpoint's or its run's; bytes where there is none]
     #[arg(long)]
     tokenizer: Option<PathBuf>,
-    /// Put the prompt into the checkpoint's chat template
-    #[arg(long)]
-    chat: bool,
+    /// auto, cpu or dfdx
+    #[arg(long, default_value = "auto")]
+    backend: String,
     /// Threads of the cpu backend [default: all cores]
     #[arg(long)]
     threads: Option<usize>,
+    /// Print prompts and continuations as JSON on stdout
+    #[arg(long)]
+    json: bool,
 }
 
 pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
-    let below = args.checkpoint.join("checkpoints");
-    let ckpt = Checkpoint::open(if below.is_dir() {
-        &below
-    } else {
-        &args.checkpoint
-    })?;
-    let source = Source::new(
-        ckpt.dir.join("model.ron").display().to_string(),
-        ckpt.model_ron.clone(),
-    );
-    let model = parse_model(&source, &[])?;
-    let params = marimba_ir::lower::params(&model)?;
-    let mut engine = engine::open(Backend::Auto, args.threads.unwrap_or_else(engine::cores))?;
-    ckpt.restore(&params, false, &mut |key, ty, data| {
-        engine
-            .write(key, ty, &HostTensor::F32(data))
-            .map_err(|e| e.to_string())
-    })?;
-
-    let hf = ckpt.dir.join("hf");
-    let file = args
-        .tokenizer
-        .clone()
-        .or_else(|| Some(hf.join("tokenizer.json")).filter(|p| p.is_file()));
+    let weights = Weights::open(&args.checkpoint)?;
+    let dir = weights.text_dir();
+    let file = args.tokenizer.clone().or_else(|| weights.tokenizer());
     let tokenizer = tokenizer::load(file.as_deref())?;
-    let text = if args.chat {
-        let template = ChatTemplate::load(&hf).map_err(|e| CliError::Other(e.to_string()))?;
-        let turn = Message {
-            role: "user".into(),
-            content: args.prompt.clone(),
-        };
-        template
-            .render(&[turn])
-            .map_err(|e| CliError::Other(e.to_string()))?
-    } else {
-        args.prompt.clone()
-    };
-    let mut prompt: Vec<i32> = tokenizer
-        .encode(&text)
-        .map_err(|e| CliError::Other(e.to_string()))?
-        .into_iter()
-        .map(|t| t as i32)
-        .collect();
-    if prompt.is_empty() {
-        // Something must be said first; a line break begins a text as well as anything.
-        prompt.push(if model.vocab_size > 10 { 10 } else { 0 });
-    }
-    if let Some(big) = prompt.iter().find(|&&t| t as usize >= model.vocab_size) {
+    let vocab_size = weights.model.vocab_size;
+    let prompts = prompts(args, &dir, tokenizer.as_ref(), vocab_size)?;
+    if let Some(big) = prompts
+        .iter()
+        .flatten()
+        .find(|t| **t as usize >= vocab_size)
+    {
         return Err(CliError::Other(format!(
-            "the prompt has token {big}, the model has {} tokens; give its own --tokenizer",
-            model.vocab_size
+            "the prompt has token {big}, the model has {vocab_size} tokens; give its own --tokenizer"
         )));
+    }
+    let mut stop = args.stop.clone();
+    if stop.is_empty() && args.ids.is_empty() {
+        stop.extend(tokenizer.eos().map(|t| t as i32));
+    }
+    let threads = args.threads.unwrap_or_else(engine::cores);
+    let mut engine = engine::open(backend_of(&args.backend)?, threads)?;
+    for (i, p) in weights.params.iter().enumerate() {
+        engine.write(
+            &format!("param:{}", p.name),
+            &p.ty,
+            &HostTensor::F32(weights.param(i)?),
+        )?;
     }
     let settings = Settings {
         max_new_tokens: args.max_tokens,
@@ -110,31 +100,112 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         top_k: args.top_k,
         top_p: args.top_p,
         seed: args.seed,
-        stop: Vec::new(),
+        stop,
     };
-    let mut out = std::io::stdout().lock();
-    write!(out, "{}", args.prompt)?;
-    // Print what is certain as it comes: a character of several tokens only once it is whole.
-    let (mut ids, mut shown): (Vec<u32>, usize) = (Vec::new(), 0);
-    let live = interactive();
-    let mut heard = |_: usize, token: i32| {
-        ids.push(token as u32);
-        if live {
-            let text = tokenizer.decode(&ids).unwrap_or_default();
-            let whole = text.trim_end_matches('\u{fffd}');
-            if whole.len() > shown {
-                // A closed pipe is noticed at the end.
-                let _ = write!(out, "{}", &whole[shown..]);
-                let _ = out.flush();
-                shown = whole.len();
+    // One prompt is heard as it comes; a batch would come mixed.
+    let live = !args.json && prompts.len() == 1 && args.ids.is_empty();
+    if live && !args.chat {
+        print!("{}", args.prompt.concat());
+    }
+    let (mut so_far, mut printed) = (Vec::new(), String::new());
+    let said = generate(
+        engine.as_mut(),
+        &weights.model,
+        &prompts,
+        &settings,
+        &mut |_, token| {
+            so_far.push(token as u32);
+            // A token may be half a character: what is not text yet waits.
+            if live
+                && let Ok(text) = tokenizer.decode(&so_far)
+                && !text.ends_with('\u{fffd}')
+                && let Some(new) = text.strip_prefix(printed.as_str())
+            {
+                print!("{new}");
+                std::io::stdout().flush().unwrap_or_default();
+                printed = text;
+            }
+        },
+    )?;
+    if live {
+        let text = tokenizer.decode(&so_far)?;
+        println!(
+            "{}",
+            text.strip_prefix(printed.as_str()).unwrap_or_default()
+        );
+        return Ok(());
+    }
+    let mut facts = Vec::new();
+    for (prompt, ids) in prompts.iter().zip(&said) {
+        let unsigned: Vec<u32> = ids.iter().map(|t| *t as u32).collect();
+        let text = if args.ids.is_empty() {
+            Some(tokenizer.decode(&unsigned)?)
+        } else {
+            None
+        };
+        if !args.json {
+            match &text {
+                Some(text) => println!("{text}"),
+                None => println!(
+                    "{}",
+                    ids.iter().map(i32::to_string).collect::<Vec<_>>().join(",")
+                ),
             }
         }
-    };
-    generate(engine.as_mut(), &model, &[prompt], &settings, &mut heard)
-        .map_err(|e| CliError::Other(e.to_string()))?;
-    let text = tokenizer
-        .decode(&ids)
-        .map_err(|e| CliError::Other(e.to_string()))?;
-    writeln!(out, "{}", text.get(shown..).unwrap_or(""))?;
+        facts.push(json!({ "prompt_ids": prompt, "ids": ids, "text": text }));
+    }
+    if args.json {
+        print_json(&facts)?;
+    }
     Ok(())
+}
+
+fn prompts(
+    args: &GenerateArgs,
+    dir: &std::path::Path,
+    tokenizer: &dyn tokenizer::Tokenize,
+    vocab_size: usize,
+) -> Result<Vec<Vec<i32>>, CliError> {
+    if !args.ids.is_empty() {
+        let ids = |text: &String| {
+            let numbers: Result<Vec<i32>, _> = text.split(',').map(|t| t.trim().parse()).collect();
+            numbers.map_err(|_| {
+                CliError::Other(format!(
+                    "--ids {text} is not a list of token ids, such as 5,9,12"
+                ))
+            })
+        };
+        return args.ids.iter().map(ids).collect();
+    }
+    let template = if args.chat {
+        Some(ChatTemplate::load(dir)?)
+    } else {
+        None
+    };
+    let mut out = Vec::new();
+    for prompt in &args.prompt {
+        let text = match &template {
+            Some(t) => {
+                let say = |role: &str, content: &String| Message {
+                    role: role.into(),
+                    content: content.clone(),
+                };
+                let mut talk: Vec<Message> = args.system.iter().map(|s| say("system", s)).collect();
+                talk.push(say("user", prompt));
+                t.render(&talk)?
+            }
+            None => prompt.clone(),
+        };
+        let mut ids: Vec<i32> = tokenizer
+            .encode(&text)?
+            .into_iter()
+            .map(|t| t as i32)
+            .collect();
+        if ids.is_empty() {
+            // Something must be said first; a line break begins a text as well as anything.
+            ids.push(if vocab_size > 10 { 10 } else { 0 });
+        }
+        out.push(ids);
+    }
+    Ok(out)
 }

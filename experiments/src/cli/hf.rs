@@ -6,6 +6,7 @@ use crate::engine;
 use crate::verify::verify;
 use clap::Args;
 use marimba_dsl::run::Backend;
+use safetensors::Dtype;
 use std::path::PathBuf;
 
 /// Import a checkpoint.
@@ -49,12 +50,26 @@ pub(super) struct ExportArgs {
     /// model_type to write [default: the imported one, else the first that has words for the model]
     #[arg(long)]
     family: Option<String>,
+    /// Element type of all tensors: f32, bf16 or f16 [default: as stored]
+    #[arg(long)]
+    dtype: Option<String>,
 }
 
 pub(super) fn export(args: &ExportArgs) -> Result<(), CliError> {
+    let dtype = match args.dtype.as_deref() {
+        None => None,
+        Some("f32") => Some(Dtype::F32),
+        Some("bf16") => Some(Dtype::BF16),
+        Some("f16") => Some(Dtype::F16),
+        Some(other) => {
+            return Err(CliError::Other(format!(
+                "no element type {other}; f32, bf16 and f16 exist"
+            )));
+        }
+    };
     let options = ExportOptions {
         family: args.family.clone(),
-        dtype: None,
+        dtype,
     };
     let family = hf::export(&args.checkpoint, &args.out, &options)?;
     eprintln!("{}: written as {}", args.out.display(), family.model_type);

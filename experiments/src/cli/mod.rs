@@ -118,6 +118,8 @@ other!(
     crate::record::RecordError,
     crate::checkpoint::CheckpointError,
     crate::data::DataError,
+    crate::generate::GenerateError,
+    crate::chat::ChatError,
     marimba_backend::BackendError,
     marimba_ir::TypeError,
     std::io::Error,

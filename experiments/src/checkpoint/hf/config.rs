@@ -352,7 +352,7 @@ impl Config {
             ));
         }
         let dims = (head_dim as f64 * fraction) as usize;
-        if dims == 0 || dims % 2 != 0 {
+        if dims == 0 || !dims.is_multiple_of(2) {
             self.problem(format!(
                 "RoPE would rotate {dims} channels of a head, expected an even number"
             ));

@@ -424,6 +424,9 @@ fn check_tokenizer(dir: &Path, vocab_size: usize) -> Result<(), CheckpointError>
     }
 }
 
+/// Takes the bytes of a piece of a tensor.
+type Take<'a> = dyn FnMut(Dtype, &[u8]) -> Result<(), CheckpointError> + 'a;
+
 impl Opened {
     /// Parameter `i` as f32.
     ///
@@ -444,11 +447,7 @@ impl Opened {
     }
 
     /// Hands out the bytes of parameter `i`, piece by piece, one foreign tensor mapped at a time.
-    fn pieces(
-        &self,
-        i: usize,
-        f: &mut dyn FnMut(Dtype, &[u8]) -> Result<(), CheckpointError>,
-    ) -> Result<(), CheckpointError> {
+    fn pieces(&self, i: usize, f: &mut Take) -> Result<(), CheckpointError> {
         let width = rows(&self.params[i]).1;
         let mut mapped: Option<(usize, safetensors::Tensor)> = None;
         for o in &self.table.origins[i] {
