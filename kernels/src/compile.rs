@@ -1,0 +1,217 @@
+//! CUDA C++ to machine code with NVRTC, cached on disk by the hash of what goes in.
+
+#![allow(unsafe_code)] // calls into NVRTC
+
+use crate::record::Module;
+use cudarc::nvrtc::{result as nvrtc, sys};
+use sha2::{Digest, Sha256};
+use std::ffi::CString;
+use std::path::PathBuf;
+
+/// What every source begins with.
+const HEAD: &str = include_str!("common.cuh");
+
+/// What can go wrong between a launcher and the device.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum KernelError {
+    /// A library is not installed where the loader looks.
+    #[error("{library} was not found ({looked}); {hint}")]
+    Missing {
+        /// Such as `libnvrtc`.
+        library: &'static str,
+        /// Where it was looked for.
+        looked: String,
+        /// What would help.
+        hint: &'static str,
+    },
+    /// The compiler refused a source: a bug here.
+    #[error("kernel {stem} does not compile for {arch}: {log}")]
+    Compile {
+        /// Op file.
+        stem: &'static str,
+        /// Architecture.
+        arch: String,
+        /// The compiler's words.
+        log: String,
+    },
+    /// A call of the driver failed.
+    #[error("{what} failed: {why}")]
+    Driver {
+        /// What was tried.
+        what: String,
+        /// The driver's words.
+        why: String,
+    },
+    /// No memory of that size.
+    #[error("{bytes} bytes cannot be allocated on the device: {why}")]
+    Memory {
+        /// How many.
+        bytes: usize,
+        /// The driver's words.
+        why: String,
+    },
+}
+
+/// Where the dynamic loader looks.
+fn looked(names: &str) -> String {
+    let path = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
+    format!("{names} in LD_LIBRARY_PATH={path:?} and the system's library folders")
+}
+
+/// Requires the driver, NVRTC and cuBLASLt.
+pub(crate) fn probe() -> Result<(), KernelError> {
+    // SAFETY: these only try to open the libraries.
+    let (driver, lt) = unsafe {
+        (
+            cudarc::driver::sys::is_culib_present(),
+            cudarc::cublaslt::sys::is_culib_present(),
+        )
+    };
+    if !driver {
+        return Err(KernelError::Missing {
+            library: "libcuda",
+            looked: looked("libcuda.so, libcuda.so.1"),
+            hint: "it comes with the NVIDIA driver",
+        });
+    }
+    if !lt {
+        return Err(KernelError::Missing {
+            library: "libcublasLt",
+            looked: looked("libcublasLt.so, libcublasLt.so.13, libcublasLt.so.12"),
+            hint: "it comes with the CUDA toolkit and the package nvidia-cublas; name its folder in LD_LIBRARY_PATH",
+        });
+    }
+    Compiler::probe()
+}
+
+/// Compiles modules for one architecture.
+#[derive(Debug)]
+pub struct Compiler {
+    arch: String,
+    cache: Option<PathBuf>,
+}
+
+impl Compiler {
+    /// For an architecture such as `sm_90a`. Results are kept under `$XDG_CACHE_HOME/marimba` or `~/.cache/marimba`.
+    ///
+    /// # Errors
+    /// [`KernelError::Missing`] without NVRTC.
+    pub fn new(arch: &str) -> Result<Self, KernelError> {
+        Self::probe()?;
+        let home = |var: &str| std::env::var_os(var).filter(|v| !v.is_empty());
+        let folder = home("XDG_CACHE_HOME")
+            .map(PathBuf::from)
+            .or_else(|| home("HOME").map(|h| PathBuf::from(h).join(".cache")));
+        Ok(Compiler {
+            arch: arch.to_string(),
+            cache: folder.map(|f| f.join("marimba").join("cubin")),
+        })
+    }
+
+    /// The same without a cache.
+    #[must_use]
+    pub fn without_cache(mut self) -> Self {
+        self.cache = None;
+        self
+    }
+
+    fn probe() -> Result<(), KernelError> {
+        // SAFETY: only tries to open the library.
+        if unsafe { sys::is_culib_present() } {
+            return Ok(());
+        }
+        Err(KernelError::Missing {
+            library: "libnvrtc",
+            looked: looked("libnvrtc.so, libnvrtc.so.13, libnvrtc.so.12"),
+            hint: "it comes with the CUDA toolkit and the package nvidia-cuda-nvrtc; name its folder in LD_LIBRARY_PATH",
+        })
+    }
+
+    /// Machine code of a module.
+    ///
+    /// # Errors
+    /// [`KernelError::Compile`].
+    pub fn cubin(&self, module: &Module) -> Result<Vec<u8>, KernelError> {
+        let file = self.cache.as_ref().map(|f| f.join(self.key(module)));
+        if let Some(bytes) = file.as_ref().and_then(|f| std::fs::read(f).ok())
+            && bytes.starts_with(b"\x7fELF")
+        {
+            return Ok(bytes);
+        }
+        let bytes = self.compile(module)?;
+        // A cache that cannot be written costs time, not the run.
+        if let Some(file) = file
+            && let Some(folder) = file.parent()
+            && std::fs::create_dir_all(folder).is_ok()
+        {
+            let part = file.with_extension(format!("{}.part", std::process::id()));
+            if std::fs::write(&part, &bytes).is_ok() && std::fs::rename(&part, &file).is_err() {
+                let _ = std::fs::remove_file(&part);
+            }
+        }
+        Ok(bytes)
+    }
+
+    /// File name in the cache: a hash of source, defines, architecture and compiler.
+    fn key(&self, module: &Module) -> String {
+        let (mut major, mut minor) = (0, 0);
+        // SAFETY: two integers to write to; the library is there.
+        unsafe { sys::nvrtcVersion(&mut major, &mut minor) };
+        let mut hash = Sha256::new();
+        hash.update(format!(
+            "{} {major}.{minor}\n{:?}\n",
+            self.arch, module.defines
+        ));
+        hash.update(HEAD);
+        hash.update(module.source.as_bytes());
+        let hex: String = hash.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        format!("{}-{hex}.cubin", module.stem)
+    }
+
+    fn compile(&self, module: &Module) -> Result<Vec<u8>, KernelError> {
+        let failed = |log: String| KernelError::Compile {
+            stem: module.stem,
+            arch: self.arch.clone(),
+            log,
+        };
+        let source = CString::new(format!("{HEAD}{}", module.source))
+            .map_err(|_| failed("the source holds a zero byte".into()))?;
+        let mut options = vec![
+            format!("--gpu-architecture={}", self.arch),
+            "--std=c++17".to_string(),
+        ];
+        options.extend(module.defines.iter().map(|(n, v)| format!("-D{n}={v}")));
+        let program = nvrtc::create_program(&source, None).map_err(|e| failed(e.to_string()))?;
+        // SAFETY: the program was made above and is destroyed once, below.
+        let result = unsafe {
+            match nvrtc::compile_program(program, &options) {
+                Ok(()) => cubin(program).map_err(|e| e.to_string()),
+                Err(e) => {
+                    let log = nvrtc::get_program_log(program).unwrap_or_default();
+                    let text: String = log
+                        .iter()
+                        .take_while(|&&c| c != 0)
+                        .map(|&c| char::from(c as u8))
+                        .collect();
+                    Err(format!("{e}: {text}"))
+                }
+            }
+        };
+        // SAFETY: as above.
+        let _ = unsafe { nvrtc::destroy_program(program) };
+        result.map_err(failed)
+    }
+}
+
+/// # Safety
+/// The program was compiled.
+unsafe fn cubin(program: sys::nvrtcProgram) -> Result<Vec<u8>, nvrtc::NvrtcError> {
+    let mut size = 0;
+    // SAFETY: the size is asked for first, and as much memory given.
+    unsafe {
+        sys::nvrtcGetCUBINSize(program, &mut size).result()?;
+        let mut bytes = vec![0u8; size];
+        sys::nvrtcGetCUBIN(program, bytes.as_mut_ptr().cast()).result()?;
+        Ok(bytes)
+    }
+}

@@ -1,0 +1,528 @@
+//! A GPU: one context, one stream, compiled modules, memory, and running of prepared commands.
+
+#![allow(unsafe_code)] // calls into the driver and cuBLASLt
+
+use crate::compile::{Compiler, KernelError, probe};
+use crate::record::{Command, DType, Launch, Module, Param, Product};
+use cudarc::cublaslt::{result as lt, sys as ltsys};
+use cudarc::driver::{result as cu, sys};
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+
+/// Memory that cuBLASLt may use for one product.
+const PRODUCT_SCRATCH: usize = 64 << 20;
+
+/// A device with everything loaded on it.
+pub struct Device {
+    ctx: sys::CUcontext,
+    dev: sys::CUdevice,
+    stream: sys::CUstream,
+    blas: ltsys::cublasLtHandle_t,
+    product_scratch: u64,
+    compiler: Compiler,
+    modules: HashMap<Module, sys::CUmodule>,
+    name: String,
+}
+
+// SAFETY: a Device is used from one thread at a time (methods that touch the stream make the context current first), and the driver's
+// handles may move between threads.
+unsafe impl Send for Device {}
+
+/// Commands with their kernels and algorithms found: running them asks nothing of the host but the launches.
+pub struct Prepared {
+    steps: Vec<Step>,
+}
+
+// SAFETY: handles and addresses, used only through the Device that made them.
+unsafe impl Send for Prepared {}
+
+enum Step {
+    Kernel {
+        function: sys::CUfunction,
+        grid: [u32; 3],
+        block: u32,
+        shared: u32,
+        words: Vec<u64>,
+        /// Where each parameter starts in `words`.
+        starts: Vec<usize>,
+    },
+    Product(Box<BlasProduct>),
+    Zero(u64, usize),
+    Copy(u64, u64, usize),
+}
+
+struct BlasProduct {
+    desc: ltsys::cublasLtMatmulDesc_t,
+    layouts: [ltsys::cublasLtMatrixLayout_t; 3],
+    algo: ltsys::cublasLtMatmulAlgo_t,
+    of: Product,
+}
+
+impl Drop for BlasProduct {
+    fn drop(&mut self) {
+        // SAFETY: made by `Device::product`, destroyed once.
+        unsafe {
+            for l in self.layouts {
+                let _ = lt::destroy_matrix_layout(l);
+            }
+            let _ = lt::destroy_matmul_desc(self.desc);
+        }
+    }
+}
+
+fn driver(what: &str) -> impl Fn(cu::DriverError) -> KernelError + '_ {
+    move |e| KernelError::Driver {
+        what: what.to_string(),
+        why: e.to_string(),
+    }
+}
+
+fn blas(what: &str) -> impl Fn(lt::CublasError) -> KernelError + '_ {
+    move |e| KernelError::Driver {
+        what: format!("cuBLASLt: {what}"),
+        why: e.to_string(),
+    }
+}
+
+/// Name of the architecture with this compute capability, with its own instructions where it has them.
+pub(crate) fn arch(major: i32, minor: i32) -> String {
+    match (major, minor) {
+        (9, 0) => "sm_90a".to_string(),
+        _ => format!("sm_{major}{minor}"),
+    }
+}
+
+impl Device {
+    /// Opens device `ordinal`.
+    ///
+    /// # Errors
+    /// [`KernelError::Missing`] names a library that is not there; [`KernelError::Driver`] what the driver refused.
+    pub fn open(ordinal: usize) -> Result<Self, KernelError> {
+        probe()?;
+        cu::init().map_err(driver("starting the driver"))?;
+        let dev = cu::device::get(ordinal as i32).map_err(driver("finding the device"))?;
+        use sys::CUdevice_attribute_enum as Attr;
+        // SAFETY: the device exists; the context is made current before anything uses it.
+        unsafe {
+            let of = |attr| {
+                cu::device::get_attribute(dev, attr).map_err(driver("asking for the capability"))
+            };
+            let major = of(Attr::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+            let minor = of(Attr::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+            let compiler = Compiler::new(&arch(major, minor))?;
+            let name = cu::device::get_name(dev).map_err(driver("asking for the name"))?;
+            let ctx = cu::primary_ctx::retain(dev).map_err(driver("making a context"))?;
+            cu::ctx::set_current(ctx).map_err(driver("making the context current"))?;
+            let stream = cu::stream::create(cu::stream::StreamKind::NonBlocking)
+                .map_err(driver("making a stream"))?;
+            let blas = lt::create_handle().map_err(blas("start"))?;
+            let product_scratch = cu::malloc_sync(PRODUCT_SCRATCH)
+                .map_err(driver("allocating memory for products"))?;
+            Ok(Device {
+                ctx,
+                dev,
+                stream,
+                blas,
+                product_scratch,
+                compiler,
+                modules: HashMap::new(),
+                name,
+            })
+        }
+    }
+
+    /// What the driver calls it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn enter(&self) -> Result<(), KernelError> {
+        // SAFETY: the context lives as long as self.
+        unsafe { cu::ctx::set_current(self.ctx) }.map_err(driver("making the context current"))
+    }
+
+    /// Free and total bytes.
+    ///
+    /// # Errors
+    /// [`KernelError::Driver`].
+    pub fn memory(&self) -> Result<(usize, usize), KernelError> {
+        self.enter()?;
+        cu::mem_get_info().map_err(driver("asking for free memory"))
+    }
+
+    /// Allocates zeroed bytes; 0 bytes give address 0.
+    ///
+    /// # Errors
+    /// [`KernelError::Memory`].
+    pub fn allocate(&self, bytes: usize) -> Result<u64, KernelError> {
+        if bytes == 0 {
+            return Ok(0);
+        }
+        self.enter()?;
+        // SAFETY: fresh memory of that size is zeroed before the address leaves.
+        unsafe {
+            let ptr = cu::malloc_sync(bytes).map_err(|e| KernelError::Memory {
+                bytes,
+                why: e.to_string(),
+            })?;
+            cu::memset_d8_async(ptr, 0, bytes, self.stream).map_err(driver("zeroing"))?;
+            self.sync()?;
+            Ok(ptr)
+        }
+    }
+
+    /// Gives memory back.
+    ///
+    /// # Safety
+    /// `ptr` came from [`Device::allocate`] and nothing uses it any more.
+    pub unsafe fn free(&self, ptr: u64) {
+        if ptr != 0 && self.enter().is_ok() {
+            // SAFETY: the caller's promise; work in flight ends first.
+            unsafe {
+                let _ = self.sync();
+                let _ = cu::free_sync(ptr);
+            }
+        }
+    }
+
+    /// Waits for all work.
+    ///
+    /// # Errors
+    /// [`KernelError::Driver`], also for a fault of an earlier kernel.
+    pub fn sync(&self) -> Result<(), KernelError> {
+        self.enter()?;
+        // SAFETY: the stream lives as long as self.
+        unsafe { cu::stream::synchronize(self.stream) }.map_err(driver("waiting for the device"))
+    }
+
+    /// Copies to the device, in stream order; the source may be dropped afterwards.
+    ///
+    /// # Safety
+    /// `ptr` has room for the bytes.
+    ///
+    /// # Errors
+    /// [`KernelError::Driver`].
+    pub unsafe fn write(&self, ptr: u64, bytes: &[u8]) -> Result<(), KernelError> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: the caller's promise; a copy from pageable memory has read its source when it returns.
+        unsafe { cu::memcpy_htod_async(ptr, bytes, self.stream) }
+            .map_err(driver("copying to the device"))
+    }
+
+    /// Copies from the device and waits.
+    ///
+    /// # Safety
+    /// `ptr` holds the bytes.
+    ///
+    /// # Errors
+    /// [`KernelError::Driver`].
+    pub unsafe fn read(&self, ptr: u64, bytes: &mut [u8]) -> Result<(), KernelError> {
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: the caller's promise; the copy has ended before this returns.
+        unsafe { cu::memcpy_dtoh_async(bytes, ptr, self.stream) }
+            .map_err(driver("copying from the device"))?;
+        self.sync()
+    }
+
+    /// Fills with a byte.
+    ///
+    /// # Safety
+    /// `ptr` has room for the bytes.
+    ///
+    /// # Errors
+    /// [`KernelError::Driver`].
+    pub unsafe fn fill(&self, ptr: u64, byte: u8, bytes: usize) -> Result<(), KernelError> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: the caller's promise.
+        unsafe { cu::memset_d8_async(ptr, byte, bytes, self.stream) }.map_err(driver("filling"))
+    }
+
+    /// Compiles and loads what the commands need; `progress` hears of each module that is new to this device.
+    ///
+    /// # Errors
+    /// [`KernelError`].
+    pub fn prepare(
+        &mut self,
+        commands: &[Command],
+        mut progress: impl FnMut(&Module),
+    ) -> Result<Prepared, KernelError> {
+        self.enter()?;
+        let mut steps = Vec::with_capacity(commands.len());
+        for command in commands {
+            steps.push(match command {
+                Command::Launch(l) => {
+                    if !self.modules.contains_key(&l.module) {
+                        progress(&l.module);
+                    }
+                    self.kernel(l)?
+                }
+                Command::Product(p) => Step::Product(Box::new(self.product(p)?)),
+                Command::Zero { ptr, bytes } => Step::Zero(*ptr, *bytes),
+                Command::Copy { to, from, bytes } => Step::Copy(*to, *from, *bytes),
+            });
+        }
+        Ok(Prepared { steps })
+    }
+
+    fn module(&mut self, m: &Module) -> Result<sys::CUmodule, KernelError> {
+        if let Some(&loaded) = self.modules.get(m) {
+            return Ok(loaded);
+        }
+        let cubin = self.compiler.cubin(m)?;
+        // SAFETY: the driver checks the image, which is alive during the call.
+        let loaded = unsafe { cu::module::load_data(cubin.as_ptr().cast()) }
+            .map_err(driver(&format!("loading {}", m.stem)))?;
+        self.modules.insert(m.clone(), loaded);
+        Ok(loaded)
+    }
+
+    fn kernel(&mut self, l: &Launch) -> Result<Step, KernelError> {
+        let module = self.module(&l.module)?;
+        let what = format!("kernel {} of {}", l.function, l.module.stem);
+        let bad = || KernelError::Driver {
+            what: what.clone(),
+            why: format!(
+                "a grid of {:?} blocks of {} threads is too large",
+                l.grid, l.block
+            ),
+        };
+        let name = CString::new(l.function).map_err(|_| bad())?;
+        // SAFETY: the module stays loaded as long as self.
+        let function = unsafe { cu::module::get_function(module, name) }.map_err(driver(&what))?;
+        if l.shared > 48 << 10 {
+            use sys::CUfunction_attribute_enum as Attr;
+            // SAFETY: the function was found above.
+            unsafe {
+                cu::function::set_function_attribute(
+                    function,
+                    Attr::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+                    l.shared as i32,
+                )
+            }
+            .map_err(driver(&format!(
+                "{what} with {} bytes of shared memory",
+                l.shared
+            )))?;
+        }
+        if l.grid[1] > 65535 || l.grid[2] > 65535 || l.grid[0] > i32::MAX as usize {
+            return Err(bad());
+        }
+        let (mut words, mut starts) = (Vec::new(), Vec::new());
+        for p in &l.params {
+            starts.push(words.len());
+            match p {
+                Param::Ptr(x) => words.push(*x),
+                Param::Long(x) => words.push(*x as u64),
+                Param::Int(x) => words.push(u64::from(*x as u32)),
+                Param::Float(x) => words.push(u64::from(x.to_bits())),
+                Param::Double(x) => words.push(x.to_bits()),
+                Param::Words(w) => words.extend(w),
+            }
+        }
+        Ok(Step::Kernel {
+            function,
+            grid: l.grid.map(|x| x as u32),
+            block: l.block as u32,
+            shared: l.shared as u32,
+            words,
+            starts,
+        })
+    }
+
+    /// Row-major `c = a b` is column-major `c' = b' a'`.
+    fn product(&self, p: &Product) -> Result<BlasProduct, KernelError> {
+        let kind = |t: DType| match t {
+            DType::F32 | DType::I32 => ltsys::cudaDataType::CUDA_R_32F,
+            DType::Bf16 => ltsys::cudaDataType::CUDA_R_16BF,
+            DType::F16 => ltsys::cudaDataType::CUDA_R_16F,
+        };
+        let (m, n, k) = p.sizes;
+        let layout = |t: DType, rows: usize, cols: usize| {
+            lt::create_matrix_layout(kind(t), rows as u64, cols as u64, rows as i64)
+                .map_err(blas("layout"))
+        };
+        let stored =
+            |flip: bool, rows: usize, cols: usize| if flip { (cols, rows) } else { (rows, cols) };
+        let (ta, tb) = p.transposed;
+        let (b_rows, b_cols) = stored(tb, n, k);
+        let (a_rows, a_cols) = stored(ta, k, m);
+        let layouts = [
+            layout(p.input, b_rows, b_cols)?,
+            layout(p.input, a_rows, a_cols)?,
+            layout(p.output, n, m)?,
+        ];
+        let desc = lt::create_matmul_desc(
+            ltsys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+            ltsys::cudaDataType::CUDA_R_32F,
+        )
+        .map_err(blas("description"))?;
+        let pref = lt::create_matmul_pref().map_err(blas("preference"))?;
+        use ltsys::cublasLtMatmulDescAttributes_t as D;
+        use ltsys::cublasLtMatmulPreferenceAttributes_t as P;
+        let flip = |f: bool| i32::from(f);
+        let align = |ptr: u64| 1u32 << ptr.trailing_zeros().min(8);
+        // SAFETY: handles made above; each attribute is given as the type that the library documents for it.
+        let found = unsafe {
+            let set = |attr, value: &i32| {
+                lt::set_matmul_desc_attribute(desc, attr, std::ptr::from_ref(value).cast(), 4)
+            };
+            let prefer = |attr, value: &[u8]| {
+                lt::set_matmul_pref_attribute(pref, attr, value.as_ptr().cast(), value.len())
+            };
+            set(D::CUBLASLT_MATMUL_DESC_TRANSA, &flip(tb))
+                .and_then(|()| set(D::CUBLASLT_MATMUL_DESC_TRANSB, &flip(ta)))
+                .and_then(|()| {
+                    prefer(
+                        P::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES,
+                        &PRODUCT_SCRATCH.to_ne_bytes(),
+                    )
+                })
+                .and_then(|()| {
+                    prefer(
+                        P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
+                        &align(p.b).to_ne_bytes(),
+                    )
+                })
+                .and_then(|()| {
+                    prefer(
+                        P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+                        &align(p.a).to_ne_bytes(),
+                    )
+                })
+                .and_then(|()| {
+                    prefer(
+                        P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
+                        &align(p.c).to_ne_bytes(),
+                    )
+                })
+                .and_then(|()| {
+                    prefer(
+                        P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES,
+                        &align(p.c).to_ne_bytes(),
+                    )
+                })
+                .and_then(|()| {
+                    lt::get_matmul_algo_heuristic(
+                        self.blas, desc, layouts[0], layouts[1], layouts[2], layouts[2], pref,
+                    )
+                })
+        };
+        // SAFETY: made above, destroyed once.
+        let _ = unsafe { lt::destroy_matmul_pref(pref) };
+        let found = found.map_err(blas(&format!("a product of {:?} {p:?}", p.sizes)))?;
+        Ok(BlasProduct {
+            desc,
+            layouts,
+            algo: found.algo,
+            of: p.clone(),
+        })
+    }
+
+    /// Runs a part of prepared commands, in stream order, without waiting.
+    ///
+    /// # Safety
+    /// The commands were prepared by this device, and every address in them is memory of the size that its command takes.
+    ///
+    /// # Errors
+    /// [`KernelError::Driver`].
+    pub unsafe fn run(
+        &self,
+        prepared: &Prepared,
+        range: std::ops::Range<usize>,
+    ) -> Result<(), KernelError> {
+        self.enter()?;
+        for step in &prepared.steps[range] {
+            // SAFETY: the caller's promise; parameters are laid out as the kernels declare them.
+            unsafe { self.step(step)? };
+        }
+        Ok(())
+    }
+
+    /// # Safety
+    /// As [`Device::run`].
+    unsafe fn step(&self, step: &Step) -> Result<(), KernelError> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            match step {
+                Step::Kernel {
+                    function,
+                    grid,
+                    block,
+                    shared,
+                    words,
+                    starts,
+                } => {
+                    let mut params: Vec<*mut c_void> = starts
+                        .iter()
+                        .map(|&s| words[s..].as_ptr().cast_mut().cast())
+                        .collect();
+                    cu::launch_kernel(
+                        *function,
+                        (grid[0], grid[1], grid[2]),
+                        (*block, 1, 1),
+                        *shared,
+                        self.stream,
+                        &mut params,
+                    )
+                    .map_err(driver("launching a kernel"))
+                }
+                Step::Product(p) => {
+                    let (alpha, beta) = (p.of.alpha, p.of.beta);
+                    lt::matmul(
+                        self.blas,
+                        p.desc,
+                        std::ptr::from_ref(&alpha).cast(),
+                        std::ptr::from_ref(&beta).cast(),
+                        p.of.b as *const c_void,
+                        p.layouts[0],
+                        p.of.a as *const c_void,
+                        p.layouts[1],
+                        p.of.c as *const c_void,
+                        p.layouts[2],
+                        p.of.c as *mut c_void,
+                        p.layouts[2],
+                        &p.algo,
+                        self.product_scratch as *mut c_void,
+                        PRODUCT_SCRATCH,
+                        self.stream.cast(),
+                    )
+                    .map_err(blas("product"))
+                }
+                Step::Zero(ptr, bytes) => {
+                    cu::memset_d8_async(*ptr, 0, *bytes, self.stream).map_err(driver("zeroing"))
+                }
+                Step::Copy(to, from, bytes) => {
+                    cu::memcpy_dtod_async(*to, *from, *bytes, self.stream)
+                        .map_err(driver("copying"))
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        if self.sync().is_err() {
+            return;
+        }
+        // SAFETY: all made by `open` or `module`, released once, with no work in flight.
+        unsafe {
+            for &m in self.modules.values() {
+                let _ = cu::module::unload(m);
+            }
+            let _ = lt::destroy_handle(self.blas);
+            let _ = cu::free_sync(self.product_scratch);
+            let _ = cu::stream::destroy(self.stream);
+            let _ = cu::primary_ctx::release(self.dev);
+        }
+    }
+}

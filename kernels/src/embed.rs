@@ -1,0 +1,46 @@
+//! Launches of the embedding. Its derivative adds atomically: the last bits differ from run to run.
+
+use crate::record::{Args, Recorder, THREADS, int, long, over};
+use crate::reduce::scale_into;
+
+/// `y` of `tokens, table`.
+pub fn embed(r: &mut Recorder, a: &Args) {
+    let y = a.res(0);
+    r.launch(
+        ("embed", "embed"),
+        a.types(),
+        over(y.len()),
+        THREADS,
+        vec![
+            a.arg(0).into(),
+            a.arg(1).into(),
+            y.into(),
+            long(y.len()),
+            int(y.last()),
+        ],
+    );
+}
+
+/// `dtable` of `tokens, dy, into?, beta?`.
+pub fn embed_bwd(r: &mut Recorder, a: &Args) {
+    let (dy, beta, table) = (a.arg(1), a.arg(3), a.res(0));
+    if beta.is_present() {
+        scale_into(r, table, beta);
+    } else {
+        r.zero(table);
+    }
+    let types = a.types().into_iter().filter(|(n, _)| n == "TA1").collect();
+    r.launch(
+        ("embed", "embed_bwd"),
+        types,
+        over(dy.len()),
+        THREADS,
+        vec![
+            a.arg(0).into(),
+            dy.into(),
+            table.into(),
+            long(dy.len()),
+            int(dy.last()),
+        ],
+    );
+}

@@ -1,0 +1,133 @@
+//! Matrix products, by cuBLASLt, accumulated in f32.
+
+use crate::cast::convert;
+use crate::record::{Args, Command, DType, Product, Recorder, THREADS, Tensor, int, long, over};
+use crate::reduce::scale_into;
+
+/// Operand of a product.
+#[derive(Clone, Copy)]
+pub(crate) struct Mat<'a> {
+    /// Memory.
+    pub(crate) t: &'a Tensor,
+    /// Stored transposed.
+    pub(crate) transposed: bool,
+}
+
+/// `c = alpha op(a) op(b) + beta c` with sizes m, n, k. Operands of different types are widened first.
+pub(crate) fn product(
+    r: &mut Recorder,
+    a: Mat,
+    b: Mat,
+    c: &Tensor,
+    (m, n, k): (usize, usize, usize),
+    alpha: f32,
+    beta: f32,
+) {
+    if m * n == 0 {
+        return;
+    }
+    if k == 0 {
+        if beta == 0.0 {
+            r.zero(c);
+        }
+        return;
+    }
+    let input = match (a.t.dtype, b.t.dtype) {
+        (x, y) if x == y => x,
+        _ => DType::F32,
+    };
+    let mut widened = |t: &Tensor| {
+        if t.dtype == input {
+            return t.clone();
+        }
+        let wide = r.scratch(input, t.len());
+        convert(r, t, &wide);
+        wide
+    };
+    let (wa, wb) = (widened(a.t), widened(b.t));
+    let direct = c.dtype == DType::F32 || c.dtype == input;
+    let out = match direct {
+        true => c.clone(),
+        false => r.scratch(DType::F32, c.len()),
+    };
+    r.commands.push(Command::Product(Product {
+        a: wa.ptr,
+        b: wb.ptr,
+        c: out.ptr,
+        transposed: (a.transposed, b.transposed),
+        sizes: (m, n, k),
+        input,
+        output: out.dtype,
+        alpha,
+        beta,
+    }));
+    if !direct {
+        convert(r, &out, c);
+    }
+}
+
+/// As stored.
+pub(crate) fn plain(t: &Tensor) -> Mat<'_> {
+    Mat {
+        t,
+        transposed: false,
+    }
+}
+
+/// Transposed.
+pub(crate) fn flipped(t: &Tensor) -> Mat<'_> {
+    Mat {
+        t,
+        transposed: true,
+    }
+}
+
+/// `y` of `x, w, b?`.
+pub fn linear(r: &mut Recorder, a: &Args) {
+    let (x, w, b, y) = (a.arg(0), a.arg(1), a.arg(2), a.res(0));
+    let (m, n, k) = (x.rows(), w.size(0), w.size(1));
+    product(r, plain(x), flipped(w), y, (m, n, k), 1.0, 0.0);
+    if b.is_present() {
+        r.launch(
+            ("linear", "add_bias"),
+            a.types(),
+            over(y.len()),
+            THREADS,
+            vec![y.into(), b.into(), long(y.len()), int(n)],
+        );
+    }
+}
+
+/// `dx` of `dy, w`.
+pub fn linear_dx(r: &mut Recorder, a: &Args) {
+    let (dy, w) = (a.arg(0), a.arg(1));
+    let sizes = (dy.rows(), w.size(1), w.size(0));
+    product(r, plain(dy), plain(w), a.res(0), sizes, 1.0, 0.0);
+}
+
+/// `dw` of `x, dy, into?, beta?`, over rows from `start`.
+pub fn linear_dw(r: &mut Recorder, a: &Args, start: usize) {
+    let (x, dy, beta) = (a.arg(0), a.arg(1), a.arg(3));
+    let (rows, n, k) = (x.rows(), dy.last(), x.last());
+    let whole = a.res(0);
+    let dw = Tensor {
+        ptr: whole.ptr + (start * k * 4) as u64,
+        dtype: whole.dtype,
+        dims: vec![n, k],
+    };
+    // The factor is on the device: the buffer is scaled first, which never reads it where the factor is 0.
+    let add = beta.is_present();
+    if add {
+        scale_into(r, &dw, beta);
+    }
+    let sizes = (n, k, rows);
+    product(
+        r,
+        flipped(dy),
+        plain(x),
+        &dw,
+        sizes,
+        1.0,
+        f32::from(u8::from(add)),
+    );
+}

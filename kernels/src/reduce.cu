@@ -1,0 +1,46 @@
+// part[chunk][cols]: sums of the columns over the rows of each chunk; then summed in order.
+KERNEL col_part(const TA0* x, float* part, i64 rows, i64 cols) {
+    i64 c = global_thread();
+    if (c >= cols) return;
+    i64 per = (rows + gridDim.y - 1) / gridDim.y, from = blockIdx.y * per, to = from + per < rows ? from + per : rows;
+    float s = 0;
+    for (i64 r = from; r < to; r++) s += ld(x, r * cols + c);
+    part[blockIdx.y * cols + c] = s;
+}
+KERNEL col_sum(const float* part, float* y, int chunks, i64 stride, i64 cols) {
+    i64 c = global_thread();
+    if (c >= cols) return;
+    float s = 0;
+    for (int k = 0; k < chunks; k++) s += part[k * stride + c];
+    y[c] = s;
+}
+KERNEL row_sum(const TA0* x, float* y, i64 len) {
+    float s = 0;
+    for (i64 i = threadIdx.x; i < len; i += blockDim.x) s += ld(x, blockIdx.x * len + i);
+    s = block_sum(s);
+    if (threadIdx.x == 0) y[blockIdx.x] = s;
+}
+KERNEL all_part(const TA0* x, double* part, i64 n, int square) {
+    double s = 0;
+    for (i64 i = global_thread(); i < n; i += all_threads()) {
+        float v = ld(x, i);
+        s += square ? (double)v * v : v;
+    }
+    s = block_sum(s);
+    if (threadIdx.x == 0) part[blockIdx.x] = s;
+}
+// y = sum / over, or its root.
+KERNEL all_sum(const double* part, float* y, int n, double over, int root) {
+    double s = 0;
+    for (int i = threadIdx.x; i < n; i += blockDim.x) s += part[i];
+    s = block_sum(s) / over;
+    if (threadIdx.x == 0) y[0] = (float)(root ? sqrt(s) : s);
+}
+// into = beta into + x; a beta of 0 never reads.
+KERNEL accumulate(float* into, const float* beta, const TA2* x, i64 n) {
+    float b = beta[0];
+    for (i64 i = global_thread(); i < n; i += all_threads()) {
+        float v = x ? ld(x, i) : 0.f;
+        into[i] = b == 0.f ? v : b * into[i] + v;
+    }
+}

@@ -1,0 +1,134 @@
+//! Launches of sums. Every sum has two stages and a fixed order: runs are bitwise equal.
+
+use crate::record::{
+    Args, DType, Param, Recorder, THREADS, Tensor, chunks, flag, int, long, over, types,
+};
+
+/// Blocks of the first stage of a sum of everything.
+const BLOCKS: usize = 1024;
+
+/// `y[c] = sum_k part[k][from + c]` over `n` parts; the last dimension of `part` is the distance between parts, or `cols` when it has
+/// one dimension only.
+pub(crate) fn sum_parts(
+    r: &mut Recorder,
+    part: &Tensor,
+    from: usize,
+    n: usize,
+    cols: usize,
+    y: &Tensor,
+) {
+    let stride = if part.dims.len() > 1 {
+        part.last()
+    } else {
+        cols
+    };
+    r.launch(
+        ("reduce", "col_sum"),
+        Vec::new(),
+        [cols.div_ceil(THREADS), 1, 1],
+        THREADS,
+        vec![
+            Param::Ptr(part.ptr + 4 * from as u64),
+            y.into(),
+            int(n),
+            long(stride),
+            long(cols),
+        ],
+    );
+}
+
+/// `into = beta into`; a beta of 0 never reads.
+pub(crate) fn scale_into(r: &mut Recorder, into: &Tensor, beta: &Tensor) {
+    accumulate_at(r, into.ptr, beta, &Tensor::ABSENT, into.len());
+}
+
+fn accumulate_at(r: &mut Recorder, into: u64, beta: &Tensor, x: &Tensor, n: usize) {
+    r.launch(
+        ("reduce", "accumulate"),
+        types(&[("TA2", x.dtype)]),
+        over(n),
+        THREADS,
+        vec![Param::Ptr(into), beta.into(), x.into(), long(n)],
+    );
+}
+
+/// `y` of `x`: sums down to the sizes of y, whose elements are each repeated `repeat` times within every `repeat * y.len()` elements of x:
+/// repeat 1 sums rows (y a suffix), `x.len() / y.len()` sums what follows (y a prefix).
+pub fn sum_to(r: &mut Recorder, a: &Args, prefix: bool) {
+    let (x, y) = (a.arg(0), a.res(0));
+    let (n, cols) = (x.len(), y.len());
+    if n == cols {
+        crate::cast::convert(r, x, y);
+    } else if cols == 1 {
+        sum_all(r, x, y, false, 1.0);
+    } else if prefix {
+        r.launch(
+            ("reduce", "row_sum"),
+            types(&[("TA0", x.dtype)]),
+            [cols, 1, 1],
+            THREADS,
+            vec![x.into(), y.into(), long(n / cols.max(1))],
+        );
+    } else {
+        let rows = n / cols.max(1);
+        let parts = chunks(rows);
+        let part = r.scratch(DType::F32, parts * cols);
+        r.launch(
+            ("reduce", "col_part"),
+            types(&[("TA0", x.dtype)]),
+            [cols.div_ceil(THREADS), parts, 1],
+            THREADS,
+            vec![x.into(), (&part).into(), long(rows), long(cols)],
+        );
+        sum_parts(r, &part, 0, parts, cols, y);
+    }
+}
+
+fn sum_all(r: &mut Recorder, x: &Tensor, y: &Tensor, square: bool, over: f64) {
+    let blocks = x.len().div_ceil(4 * THREADS).clamp(1, BLOCKS);
+    let part = r.scratch_raw(blocks * 8);
+    r.launch(
+        ("reduce", "all_part"),
+        types(&[("TA0", x.dtype)]),
+        [blocks, 1, 1],
+        THREADS,
+        vec![x.into(), Param::Ptr(part), long(x.len()), flag(square)],
+    );
+    finish_sum(r, part, blocks, y, over, false);
+}
+
+/// `y = sum of n doubles / over`, or its root.
+pub(crate) fn finish_sum(r: &mut Recorder, part: u64, n: usize, y: &Tensor, over: f64, root: bool) {
+    r.launch(
+        ("reduce", "all_sum"),
+        Vec::new(),
+        [1, 1, 1],
+        THREADS,
+        vec![
+            Param::Ptr(part),
+            y.into(),
+            int(n),
+            Param::Double(over),
+            flag(root),
+        ],
+    );
+}
+
+/// `mean(x^2)`.
+pub fn mean_square(r: &mut Recorder, a: &Args) {
+    let x = a.arg(0);
+    sum_all(r, x, a.res(0), true, x.len().max(1) as f64);
+}
+
+/// `into` of `into, beta, x?`, rows `start..start+len`.
+pub fn accumulate(r: &mut Recorder, a: &Args, start: usize, len: usize) {
+    let into = a.res(0);
+    let width = into.len() / into.size(0).max(1);
+    accumulate_at(
+        r,
+        into.ptr + (start * width * 4) as u64,
+        a.arg(1),
+        a.arg(2),
+        len * width,
+    );
+}
