@@ -215,3 +215,56 @@ unsafe fn cubin(program: sys::nvrtcProgram) -> Result<Vec<u8>, nvrtc::NvrtcError
         Ok(bytes)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::{STEMS, source};
+    use std::borrow::Cow;
+
+    fn module(stem: &'static str, text: &'static str, types: &str) -> Module {
+        let slots = (0..11)
+            .map(|i| format!("TA{i}"))
+            .chain((0..8).map(|i| format!("TR{i}")));
+        Module {
+            stem,
+            source: Cow::Borrowed(text),
+            defines: match types {
+                "" => Vec::new(),
+                t => slots.map(|s| (s, t.to_string())).collect(),
+            },
+        }
+    }
+
+    /// Without a GPU too: NVRTC alone is needed.
+    #[test]
+    fn all_kernels_compile_for_four_architectures() {
+        for arch in ["sm_80", "sm_89", "sm_90a", "sm_100"] {
+            let compiler = match Compiler::new(arch) {
+                Ok(c) => c.without_cache(),
+                Err(e) => {
+                    eprintln!("skipped: {e}");
+                    return;
+                }
+            };
+            for &stem in STEMS {
+                for types in ["", "bf16"] {
+                    let image = compiler.cubin(&module(stem, source(stem), types));
+                    assert!(image.unwrap().starts_with(b"\x7fELF"), "{stem} {arch}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_does_not_compile_is_told_with_the_compilers_words() {
+        let Ok(compiler) = Compiler::new("sm_90a") else {
+            eprintln!("skipped: NVRTC is not here");
+            return;
+        };
+        let e = compiler
+            .without_cache()
+            .cubin(&module("broken", "KERNEL k() { nonsense; }", ""));
+        assert!(e.unwrap_err().to_string().contains("nonsense"));
+    }
+}

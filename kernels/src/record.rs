@@ -384,6 +384,7 @@ pub(crate) fn define(name: &str, value: impl ToString) -> (String, String) {
 macro_rules! sources {
     ($($stem:literal),* $(,)?) => {
         /// Stems with a source of their own.
+        #[cfg(test)]
         pub(crate) const STEMS: &[&str] = &[$($stem),*];
 
         /// Source of a stem; empty for one without (pointwise sources are generated).

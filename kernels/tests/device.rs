@@ -1,0 +1,1291 @@
+//! Every launcher on a GPU, in f32 and bf16, on memory poisoned with NaN: results against loops in f64, gradients against central
+//! differences of those loops. Without a GPU, or without its libraries, the tests say so and pass.
+
+#![allow(unsafe_code)] // memory of the device
+
+use marimba_kernels::*;
+use std::cell::RefCell;
+use std::sync::Mutex;
+
+type V = Vec<f64>;
+
+static DEVICE: Mutex<Option<Device>> = Mutex::new(None);
+
+fn with_device(test: impl Fn(&Gpu)) {
+    let mut guard = DEVICE
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    if guard.is_none() {
+        match Device::open(0) {
+            Ok(d) => *guard = Some(d),
+            Err(e) => {
+                eprintln!("skipped: {e}");
+                return;
+            }
+        }
+    }
+    let device = guard.as_mut().unwrap();
+    for dtype in [DType::F32, DType::Bf16] {
+        test(&Gpu {
+            device: RefCell::new(device),
+            dtype,
+        });
+    }
+}
+
+struct Gpu<'a> {
+    device: RefCell<&'a mut Device>,
+    dtype: DType,
+}
+
+/// An argument: floats in the type under test, floats that are always f32, or integers.
+#[derive(Clone)]
+enum A {
+    No,
+    F(Vec<usize>, V),
+    S(Vec<usize>, V),
+    I(Vec<usize>, Vec<i32>),
+}
+use A::{F, I, No, S};
+
+/// A result: in the type under test, f32, integers, or the memory of an argument.
+enum R {
+    F(Vec<usize>),
+    S(Vec<usize>),
+    I(Vec<usize>),
+    Arg(usize),
+}
+
+fn bf16(x: f32) -> u16 {
+    let b = x.to_bits();
+    ((b + 0x7fff + ((b >> 16) & 1)) >> 16) as u16
+}
+
+fn encode(x: &[f64], t: DType) -> Vec<u8> {
+    match t {
+        DType::Bf16 => x
+            .iter()
+            .flat_map(|&v| bf16(v as f32).to_ne_bytes())
+            .collect(),
+        _ => x.iter().flat_map(|&v| (v as f32).to_ne_bytes()).collect(),
+    }
+}
+
+fn decode(b: &[u8], t: DType) -> V {
+    match t {
+        DType::Bf16 => b
+            .chunks_exact(2)
+            .map(|b| {
+                f64::from(f32::from_bits(
+                    u32::from(u16::from_ne_bytes([b[0], b[1]])) << 16,
+                ))
+            })
+            .collect(),
+        DType::I32 => b
+            .chunks_exact(4)
+            .map(|b| f64::from(i32::from_ne_bytes([b[0], b[1], b[2], b[3]])))
+            .collect(),
+        _ => b
+            .chunks_exact(4)
+            .map(|b| f64::from(f32::from_ne_bytes([b[0], b[1], b[2], b[3]])))
+            .collect(),
+    }
+}
+
+impl Gpu<'_> {
+    /// Numbers in [-1, 1] that the type under test holds exactly.
+    fn noise(&self, seed: u64, n: usize) -> V {
+        let mut s = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x1234_5678_9abc_def1;
+        let x: V = (0..n)
+            .map(|_| {
+                s ^= s << 13;
+                s ^= s >> 7;
+                s ^= s << 17;
+                (s >> 40) as f64 / (1u64 << 23) as f64 - 1.0
+            })
+            .collect();
+        decode(&encode(&x, DType::Bf16), DType::Bf16)
+    }
+
+    fn f(&self, seed: u64, dims: &[usize]) -> A {
+        F(dims.to_vec(), self.noise(seed, dims.iter().product()))
+    }
+
+    fn s(&self, seed: u64, dims: &[usize]) -> A {
+        S(dims.to_vec(), self.noise(seed, dims.iter().product()))
+    }
+
+    fn run(&self, args: &[A], results: &[R], launch: impl Fn(&mut Recorder, &Args)) -> Vec<V> {
+        let mut guard = self.device.borrow_mut();
+        let device: &mut Device = &mut guard;
+        let mut memory = Vec::new();
+        let mut new = |device: &Device, t: DType, dims: &[usize], data: Option<Vec<u8>>| {
+            let bytes = dims.iter().product::<usize>() * t.bytes();
+            let ptr = device.allocate(bytes.max(256)).unwrap();
+            memory.push(ptr);
+            unsafe {
+                match data {
+                    Some(data) => device.write(ptr, &data).unwrap(),
+                    None => device.fill(ptr, 0xff, bytes).unwrap(),
+                }
+            }
+            Tensor {
+                ptr,
+                dtype: t,
+                dims: dims.to_vec(),
+            }
+        };
+        let t = self.dtype;
+        let args: Vec<Option<Tensor>> = args
+            .iter()
+            .map(|a| match a {
+                No => None,
+                F(d, x) => Some(new(device, t, d, Some(encode(x, t)))),
+                S(d, x) => Some(new(device, DType::F32, d, Some(encode(x, DType::F32)))),
+                I(d, x) => Some(new(
+                    device,
+                    DType::I32,
+                    d,
+                    Some(x.iter().flat_map(|v| v.to_ne_bytes()).collect()),
+                )),
+            })
+            .collect();
+        let results: Vec<Tensor> = results
+            .iter()
+            .map(|r| match r {
+                R::F(d) => new(device, t, d, None),
+                R::S(d) => new(device, DType::F32, d, None),
+                R::I(d) => new(device, DType::I32, d, None),
+                R::Arg(i) => args[*i].clone().unwrap(),
+            })
+            .collect();
+        let a = Args {
+            args: &args,
+            results: &results,
+        };
+        let mut sizing = Recorder::new(256);
+        launch(&mut sizing, &a);
+        let scratch = new(device, DType::F32, &[sizing.scratch_bytes() / 4], None);
+        let mut r = Recorder::new(scratch.ptr);
+        launch(&mut r, &a);
+        let prepared = device.prepare(&r.commands, |_| {}).unwrap();
+        unsafe { device.run(&prepared, 0..r.commands.len()).unwrap() };
+        let out = results
+            .iter()
+            .map(|t| {
+                let mut bytes = vec![0; t.bytes()];
+                unsafe { device.read(t.ptr, &mut bytes).unwrap() };
+                decode(&bytes, t.dtype)
+            })
+            .collect();
+        for ptr in memory {
+            unsafe { device.free(ptr) };
+        }
+        out
+    }
+
+    fn close(&self, what: &str, got: &[f64], want: &[f64]) {
+        assert_eq!(got.len(), want.len(), "{what}");
+        let tol = if self.dtype == DType::F32 { 2e-5 } else { 2e-2 };
+        let top = want.iter().fold(1e-3f64, |m, v| m.max(v.abs()));
+        for (i, (g, w)) in got.iter().zip(want).enumerate() {
+            assert!(
+                (g - w).abs() <= tol * top,
+                "{what} {:?} [{i}]: {g}, not {w} (largest {top})",
+                self.dtype
+            );
+        }
+    }
+
+    /// Gradient of `sum cot * forward` to argument `which` by central differences.
+    fn gradient(
+        &self,
+        what: &str,
+        got: &[f64],
+        args: &[V],
+        which: usize,
+        cot: &[f64],
+        forward: impl Fn(&[V]) -> V,
+    ) {
+        let loss = |a: &[V]| -> f64 { forward(a).iter().zip(cot).map(|(y, c)| y * c).sum() };
+        let mut a = args.to_vec();
+        let want: V = (0..args[which].len())
+            .map(|i| {
+                let x = a[which][i];
+                a[which][i] = x + 1e-5;
+                let up = loss(&a);
+                a[which][i] = x - 1e-5;
+                let down = loss(&a);
+                a[which][i] = x;
+                (up - down) / 2e-5
+            })
+            .collect();
+        self.close(&format!("{what}: gradient {which}"), got, &want);
+    }
+}
+
+fn data(args: &[A]) -> Vec<V> {
+    args.iter()
+        .map(|a| match a {
+            No => Vec::new(),
+            F(_, x) | S(_, x) => x.clone(),
+            I(_, x) => x.iter().map(|&v| f64::from(v)).collect(),
+        })
+        .collect()
+}
+
+fn sigmoid(x: f64) -> f64 {
+    1.0 / (1.0 + (-x).exp())
+}
+fn silu(x: f64) -> f64 {
+    x * sigmoid(x)
+}
+fn softplus(x: f64) -> f64 {
+    (1.0 + x.exp()).ln()
+}
+/// 0 .. with a new document at token 5 of each row of `t`.
+fn positions(b: usize, t: usize) -> A {
+    I(
+        vec![b, t],
+        (0..b * t)
+            .map(|i| {
+                let p = (i % t) as i32;
+                if p >= 5 { p - 5 } else { p }
+            })
+            .collect(),
+    )
+}
+
+#[test]
+fn linear_ops() {
+    with_device(|g| {
+        let (m, n, k) = (37, 19, 23);
+        let args = [g.f(1, &[m, k]), g.f(2, &[n, k]), g.s(3, &[n])];
+        let forward = |a: &[V]| -> V {
+            (0..m * n)
+                .map(|e| {
+                    a[2][e % n]
+                        + (0..k)
+                            .map(|i| a[0][e / n * k + i] * a[1][e % n * k + i])
+                            .sum::<f64>()
+                })
+                .collect()
+        };
+        let a = data(&args);
+        g.close(
+            "linear",
+            &g.run(&args, &[R::F(vec![m, n])], linear)[0],
+            &forward(&a),
+        );
+        let dy = g.f(4, &[m, n]);
+        let c = data(std::slice::from_ref(&dy)).remove(0);
+        let dx = g.run(
+            &[dy.clone(), args[1].clone()],
+            &[R::F(vec![m, k])],
+            linear_dx,
+        );
+        g.gradient("linear", &dx[0], &a, 0, &c, forward);
+        let dw = g.run(
+            &[args[0].clone(), dy.clone(), No, No],
+            &[R::S(vec![n, k])],
+            |r, a| linear_dw(r, a, 0),
+        );
+        g.gradient("linear", &dw[0], &a, 1, &c, forward);
+        for beta in [0.0, 1.0] {
+            let mut into = g.noise(9, (n + 5) * k);
+            if beta == 0.0 {
+                into[2 * k..(n + 2) * k].fill(f64::NAN);
+            }
+            let out = g.run(
+                &[
+                    args[0].clone(),
+                    dy.clone(),
+                    S(vec![n + 5, k], into.clone()),
+                    S(vec![1], vec![beta]),
+                ],
+                &[R::Arg(2)],
+                |r, a| linear_dw(r, a, 2),
+            );
+            let want: V = (0..into.len())
+                .map(|e| {
+                    if e < 2 * k || e >= (n + 2) * k {
+                        into[e]
+                    } else {
+                        dw[0][e - 2 * k] + if beta == 0.0 { 0.0 } else { into[e] }
+                    }
+                })
+                .collect();
+            g.close("linear_dw into", &out[0], &want);
+        }
+    });
+}
+
+#[test]
+fn norms() {
+    with_device(|g| {
+        let (rows, l) = (6, 12);
+        for (gate, group, wlen, zc) in [
+            (0, 12, 12, false),
+            (1, 4, 12, false),
+            (2, 4, 4, true),
+            (1, 12, 12, true),
+            (0, 6, 0, false),
+        ] {
+            let op = RmsNorm {
+                eps: 1e-5,
+                group,
+                zero_centered: zc,
+                gate,
+            };
+            let w = if wlen > 0 { g.s(2, &[wlen]) } else { No };
+            let z = if gate > 0 { g.f(3, &[rows, l]) } else { No };
+            let args = [g.f(1, &[rows, l]), w.clone(), z.clone()];
+            let forward = |a: &[V]| -> V {
+                let v: V = (0..rows * l)
+                    .map(|e| a[0][e] * if gate == 1 { silu(a[2][e]) } else { 1.0 })
+                    .collect();
+                (0..rows * l)
+                    .map(|e| {
+                        let b = e / group * group;
+                        let ms = v[b..b + group].iter().map(|x| x * x).sum::<f64>() / group as f64;
+                        let w = if wlen > 0 {
+                            a[1][e % l % wlen] + f64::from(u8::from(zc))
+                        } else {
+                            1.0
+                        };
+                        v[e] / (ms + 1e-5).sqrt() * w * if gate == 2 { silu(a[2][e]) } else { 1.0 }
+                    })
+                    .collect()
+            };
+            let a = data(&args);
+            let out = g.run(
+                &args,
+                &[R::F(vec![rows, l]), R::S(vec![rows, l / group])],
+                |r, a| rms_norm(r, a, &op),
+            );
+            g.close("rms_norm", &out[0], &forward(&a));
+            let dy = g.f(4, &[rows, l]);
+            let c = data(std::slice::from_ref(&dy)).remove(0);
+            let mut results = vec![R::F(vec![rows, l])];
+            if wlen > 0 {
+                results.push(R::S(vec![wlen]));
+            }
+            if gate > 0 {
+                results.push(R::F(vec![rows, l]));
+            }
+            let d = g.run(
+                &[
+                    args[0].clone(),
+                    w,
+                    z,
+                    S(vec![rows, l / group], out[1].clone()),
+                    dy,
+                ],
+                &results,
+                |r, a| rms_norm_bwd(r, a, &op),
+            );
+            let mut slots = vec![0];
+            if wlen > 0 {
+                slots.push(1);
+            }
+            if gate > 0 {
+                slots.push(2);
+            }
+            for (d, slot) in d.iter().zip(slots) {
+                g.gradient("rms_norm", d, &a, slot, &c, forward);
+            }
+        }
+    });
+}
+
+#[test]
+fn convolution() {
+    with_device(|g| {
+        let (b, t, i, k) = (2, 11, 5, 4);
+        for (pos, act) in [(No, true), (positions(b, t), true), (No, false)] {
+            let args = [
+                g.f(1, &[b, t, i]),
+                g.s(2, &[i, k]),
+                g.s(3, &[i]),
+                pos.clone(),
+                No,
+            ];
+            let forward = |a: &[V]| -> V {
+                (0..b * t * i)
+                    .map(|e| {
+                        let (c, row) = (e % i, e / i);
+                        let s = a[2][c]
+                            + (0..k)
+                                .filter(|&j| {
+                                    j <= row % t && (a[3].is_empty() || j as f64 <= a[3][row])
+                                })
+                                .map(|j| a[1][c * k + k - 1 - j] * a[0][(row - j) * i + c])
+                                .sum::<f64>();
+                        if act { silu(s) } else { s }
+                    })
+                    .collect()
+            };
+            let a = data(&args);
+            g.close(
+                "conv",
+                &g.run(&args[..4], &[R::F(vec![b, t, i])], |r, a| {
+                    causal_conv1d(r, a, act)
+                })[0],
+                &forward(&a),
+            );
+            let dy = g.f(4, &[b, t, i]);
+            let c = data(std::slice::from_ref(&dy)).remove(0);
+            let d = g.run(
+                &[args[0].clone(), args[1].clone(), args[2].clone(), pos, dy],
+                &[R::F(vec![b, t, i]), R::S(vec![i, k]), R::S(vec![i])],
+                |r, a| causal_conv1d_bwd(r, a, act),
+            );
+            for (n, d) in d.iter().enumerate() {
+                g.gradient("conv", d, &a, n, &c, forward);
+            }
+        }
+        // Two runs through a state are one run.
+        let x = g.noise(7, t * i);
+        let (w, bias) = (g.s(2, &[i, k]), g.s(3, &[i]));
+        let whole = g.run(
+            &[
+                F(vec![1, t, i], x.clone()),
+                w.clone(),
+                bias.clone(),
+                No,
+                F(vec![1, k - 1, i], vec![0.0; (k - 1) * i]),
+            ],
+            &[R::F(vec![1, t, i]), R::Arg(4)],
+            |r, a| causal_conv1d(r, a, true),
+        );
+        let mut state = vec![0.0; (k - 1) * i];
+        let mut y = Vec::new();
+        for (from, to) in [(0, 2), (2, 3), (3, t)] {
+            let part = x[from * i..to * i].to_vec();
+            let out = g.run(
+                &[
+                    F(vec![1, to - from, i], part),
+                    w.clone(),
+                    bias.clone(),
+                    No,
+                    F(vec![1, k - 1, i], state),
+                ],
+                &[R::F(vec![1, to - from, i]), R::Arg(4)],
+                |r, a| causal_conv1d(r, a, true),
+            );
+            y.extend(out[0].clone());
+            state = out[1].clone();
+        }
+        g.close("conv state", &y, &whole[0]);
+        g.close("conv state", &state, &whole[1]);
+    });
+}
+
+#[test]
+fn mamba1() {
+    with_device(|g| {
+        let (b, t, i, n, gr) = (2, 11, 6, 3, 2);
+        for pos in [No, positions(b, t)] {
+            let a_mat = S(
+                vec![i, n],
+                g.noise(3, i * n).iter().map(|x| -0.1 - x.abs()).collect(),
+            );
+            let args = [
+                g.f(1, &[b, t, i]),
+                g.f(2, &[b, t, i]),
+                a_mat,
+                g.f(4, &[b, t, gr, n]),
+                g.f(5, &[b, t, gr, n]),
+                g.s(6, &[i]),
+                g.s(7, &[i]),
+                g.f(8, &[b, t, i]),
+                pos,
+            ];
+            let forward = |a: &[V]| -> V {
+                let mut y = vec![0.0; b * t * i];
+                for bi in 0..b {
+                    for c in 0..i {
+                        let mut h = vec![0.0; n];
+                        for s in 0..t {
+                            let row = bi * t + s;
+                            let e = row * i + c;
+                            let m = (row * gr + c / (i / gr)) * n;
+                            if !a[8].is_empty() && a[8][row] == 0.0 {
+                                h.fill(0.0);
+                            }
+                            let dt = softplus(a[1][e] + a[6][c]);
+                            let mut v = a[5][c] * a[0][e];
+                            for k in 0..n {
+                                h[k] = (dt * a[2][c * n + k]).exp() * h[k]
+                                    + dt * a[3][m + k] * a[0][e];
+                                v += a[4][m + k] * h[k];
+                            }
+                            y[e] = v * silu(a[7][e]);
+                        }
+                    }
+                }
+                y
+            };
+            let a = data(&args);
+            let chunks = t.div_ceil(4);
+            let out = g.run(
+                &args,
+                &[R::F(vec![b, t, i]), R::S(vec![b, chunks, i, n])],
+                |r, a| selective_scan(r, a, 4),
+            );
+            g.close("selective_scan", &out[0], &forward(&a));
+            let dy = g.f(9, &[b, t, i]);
+            let c = data(std::slice::from_ref(&dy)).remove(0);
+            let mut bwd = args.to_vec();
+            bwd.extend([S(vec![b, chunks, i, n], out[1].clone()), dy]);
+            let x = vec![b, t, i];
+            let bc = vec![b, t, gr, n];
+            let d = g.run(
+                &bwd,
+                &[
+                    R::F(x.clone()),
+                    R::F(x.clone()),
+                    R::S(vec![i, n]),
+                    R::F(bc.clone()),
+                    R::F(bc),
+                    R::S(vec![i]),
+                    R::S(vec![i]),
+                    R::F(x),
+                ],
+                |r, a| selective_scan_bwd(r, a, 4),
+            );
+            for (k, d) in d.iter().enumerate() {
+                g.gradient("selective_scan", d, &a, k, &c, forward);
+            }
+        }
+    });
+}
+
+#[test]
+fn mamba2() {
+    with_device(|g| {
+        let (b, t, h, p, gr, n) = (2, 11, 4, 3, 2, 21);
+        for (pos, low) in [(No, 0.0), (positions(b, t), 0.4)] {
+            let av = S(
+                vec![h],
+                g.noise(3, h).iter().map(|x| -0.1 - x.abs()).collect(),
+            );
+            let args = [
+                g.f(1, &[b, t, h, p]),
+                g.f(2, &[b, t, h]),
+                av,
+                g.f(4, &[b, t, gr, n]),
+                g.f(5, &[b, t, gr, n]),
+                g.s(6, &[h]),
+                g.s(7, &[h]),
+                pos,
+            ];
+            let forward = |a: &[V]| -> V {
+                let mut y = vec![0.0; b * t * h * p];
+                for bi in 0..b {
+                    for hh in 0..h {
+                        for pp in 0..p {
+                            let mut s = vec![0.0; n];
+                            for tt in 0..t {
+                                let row = bi * t + tt;
+                                let th = row * h + hh;
+                                let m = (row * gr + hh / (h / gr)) * n;
+                                if !a[7].is_empty() && a[7][row] == 0.0 {
+                                    s.fill(0.0);
+                                }
+                                let dt = softplus(a[1][th] + a[6][hh]).max(low);
+                                let x = a[0][th * p + pp];
+                                let mut v = a[5][hh] * x;
+                                for k in 0..n {
+                                    s[k] = (dt * a[2][hh]).exp() * s[k] + dt * x * a[3][m + k];
+                                    v += s[k] * a[4][m + k];
+                                }
+                                y[th * p + pp] = v;
+                            }
+                        }
+                    }
+                }
+                y
+            };
+            let a = data(&args);
+            let limit = (low as f32, f32::INFINITY);
+            let saved = vec![b, t.div_ceil(4), h, p, n];
+            let out = g.run(
+                &args,
+                &[R::F(vec![b, t, h, p]), R::S(saved.clone())],
+                |r, a| ssd(r, a, 4, limit),
+            );
+            g.close("ssd", &out[0], &forward(&a));
+            let dy = g.f(9, &[b, t, h, p]);
+            let c = data(std::slice::from_ref(&dy)).remove(0);
+            let mut bwd = args.to_vec();
+            bwd.extend([S(saved, out[1].clone()), dy]);
+            let bc = vec![b, t, gr, n];
+            let d = g.run(
+                &bwd,
+                &[
+                    R::F(vec![b, t, h, p]),
+                    R::F(vec![b, t, h]),
+                    R::S(vec![h]),
+                    R::F(bc.clone()),
+                    R::F(bc),
+                    R::S(vec![h]),
+                    R::S(vec![h]),
+                ],
+                |r, a| ssd_bwd(r, a, limit),
+            );
+            for (k, d) in d.iter().enumerate() {
+                g.gradient("ssd", d, &a, k, &c, forward);
+            }
+        }
+    });
+}
+
+#[test]
+fn delta_rule() {
+    with_device(|g| {
+        let (b, t, gr, h, n, p) = (2, 7, 2, 4, 18, 3);
+        for pos in [No, positions(b, t)] {
+            let small = |g: &Gpu, seed| {
+                F(
+                    vec![b, t, gr, n],
+                    decode(
+                        &encode(
+                            &g.noise(seed, b * t * gr * n)
+                                .iter()
+                                .map(|x| x * 0.25)
+                                .collect::<V>(),
+                            DType::Bf16,
+                        ),
+                        DType::Bf16,
+                    ),
+                )
+            };
+            let gate = S(
+                vec![b, t, h],
+                g.noise(4, b * t * h).iter().map(|x| -x.abs()).collect(),
+            );
+            let beta = S(
+                vec![b, t, h],
+                g.noise(5, b * t * h).iter().map(|x| sigmoid(*x)).collect(),
+            );
+            let args = [
+                small(g, 1),
+                small(g, 2),
+                g.f(3, &[b, t, h, p]),
+                gate,
+                beta,
+                pos,
+            ];
+            let forward = |a: &[V]| -> V {
+                let mut y = vec![0.0; b * t * h * p];
+                for bi in 0..b {
+                    for hh in 0..h {
+                        for pp in 0..p {
+                            let mut s = vec![0.0; n];
+                            for tt in 0..t {
+                                let row = bi * t + tt;
+                                let th = row * h + hh;
+                                let m = (row * gr + hh / (h / gr)) * n;
+                                if !a[5].is_empty() && a[5][row] == 0.0 {
+                                    s.fill(0.0);
+                                }
+                                let mut r = 0.0;
+                                for k in 0..n {
+                                    s[k] *= a[3][th].exp();
+                                    r += s[k] * a[1][m + k];
+                                }
+                                let delta = a[4][th] * (a[2][th * p + pp] - r);
+                                for k in 0..n {
+                                    s[k] += a[1][m + k] * delta;
+                                    y[th * p + pp] += s[k] * a[0][m + k];
+                                }
+                            }
+                        }
+                    }
+                }
+                y
+            };
+            let a = data(&args);
+            let saved = vec![b, t.div_ceil(4), h, n, p];
+            let out = g.run(
+                &args,
+                &[R::F(vec![b, t, h, p]), R::S(saved.clone())],
+                |r, a| gated_delta(r, a, 4),
+            );
+            g.close("gated_delta", &out[0], &forward(&a));
+            let dy = g.f(9, &[b, t, h, p]);
+            let c = data(std::slice::from_ref(&dy)).remove(0);
+            let mut bwd = args.to_vec();
+            bwd.extend([S(saved, out[1].clone()), dy]);
+            let q = vec![b, t, gr, n];
+            let d = g.run(
+                &bwd,
+                &[
+                    R::F(q.clone()),
+                    R::F(q),
+                    R::F(vec![b, t, h, p]),
+                    R::S(vec![b, t, h]),
+                    R::S(vec![b, t, h]),
+                ],
+                |r, a| gated_delta_bwd(r, a, 4),
+            );
+            for (k, d) in d.iter().enumerate() {
+                g.gradient("gated_delta", d, &a, k, &c, forward);
+            }
+        }
+    });
+}
+
+#[test]
+fn attention_ops() {
+    with_device(|g| {
+        for (t, p, window, packed) in [
+            (9, 5, None, false),
+            (45, 4, Some(7), true),
+            (5, 200, None, true),
+        ] {
+            let (b, h, gr) = (1, 4, 2);
+            let pos = if packed { positions(b, t) } else { No };
+            let args = [
+                g.f(1, &[b, t, h, p]),
+                g.f(2, &[b, t, gr, p]),
+                g.f(3, &[b, t, gr, p]),
+                pos,
+            ];
+            let scale = 0.3;
+            let forward = |a: &[V]| -> V {
+                let mut y = vec![0.0; b * t * h * p];
+                for hh in 0..h {
+                    for q in 0..t {
+                        let kk = hh / (h / gr);
+                        let sees = |s: usize| {
+                            s <= q
+                                && (a[3].is_empty() || (q - s) as f64 <= a[3][q])
+                                && window.is_none_or(|w| q - s < w)
+                        };
+                        let score = |s: usize| {
+                            scale
+                                * (0..p)
+                                    .map(|i| {
+                                        a[0][(q * h + hh) * p + i] * a[1][(s * gr + kk) * p + i]
+                                    })
+                                    .sum::<f64>()
+                        };
+                        let e: V = (0..t)
+                            .map(|s| if sees(s) { score(s).exp() } else { 0.0 })
+                            .collect();
+                        let sum: f64 = e.iter().sum();
+                        for s in 0..t {
+                            for i in 0..p {
+                                y[(q * h + hh) * p + i] += e[s] / sum * a[2][(s * gr + kk) * p + i];
+                            }
+                        }
+                    }
+                }
+                y
+            };
+            let a = data(&args);
+            let out = g.run(
+                &args,
+                &[R::F(vec![b, t, h, p]), R::S(vec![b, h, t])],
+                |r, a| attention(r, a, scale as f32, window),
+            );
+            g.close("attention", &out[0], &forward(&a));
+            let dy = g.f(9, &[b, t, h, p]);
+            let c = data(std::slice::from_ref(&dy)).remove(0);
+            let mut bwd = args.to_vec();
+            bwd.extend([
+                F(vec![b, t, h, p], out[0].clone()),
+                S(vec![b, h, t], out[1].clone()),
+                dy,
+            ]);
+            let d = g.run(
+                &bwd,
+                &[
+                    R::F(vec![b, t, h, p]),
+                    R::F(vec![b, t, gr, p]),
+                    R::F(vec![b, t, gr, p]),
+                ],
+                |r, a| attention_bwd(r, a, scale as f32, window),
+            );
+            for (k, d) in d.iter().enumerate() {
+                g.gradient("attention", d, &a, k, &c, forward);
+            }
+        }
+    });
+}
+
+#[test]
+fn head_and_loss() {
+    with_device(|g| {
+        let (n, d, v) = (13, 8, 21);
+        let targets: Vec<i32> = (0..n as i32)
+            .map(|i| if i % 4 == 1 { -1 } else { i * 7 % 21 })
+            .collect();
+        for (z_loss, z_all) in [(0.0, false), (0.1, false), (0.1, true)] {
+            let op = CrossEntropy {
+                multiplier: 1.5,
+                z_loss,
+                z_all,
+            };
+            let args = [
+                g.f(1, &[n, d]),
+                g.f(2, &[v, d]),
+                I(vec![n], targets.clone()),
+                S(vec![1], vec![0.25]),
+            ];
+            let forward = |a: &[V]| -> V {
+                let mut loss = 0.0;
+                for r in 0..n {
+                    let l: V = (0..v)
+                        .map(|j| {
+                            1.5 * (0..d)
+                                .map(|k| a[0][r * d + k] * a[1][j * d + k])
+                                .sum::<f64>()
+                        })
+                        .collect();
+                    let lse = l.iter().map(|x| x.exp()).sum::<f64>().ln();
+                    let t = a[2][r];
+                    if t >= 0.0 {
+                        loss += lse - l[t as usize];
+                    }
+                    if t >= 0.0 || z_all {
+                        loss += f64::from(z_loss) * lse * lse;
+                    }
+                }
+                vec![loss * 0.25]
+            };
+            let a = data(&args);
+            let rows = || R::S(vec![n]);
+            let out = g.run(&args, &[R::S(vec![1]), rows(), rows(), rows()], |r, a| {
+                linear_cross_entropy(r, a, &op)
+            });
+            g.close("loss", &out[0], &forward(&a));
+            let dloss = S(vec![1], vec![1.25]);
+            let mut bwd = args.to_vec();
+            bwd.extend([S(vec![n], out[2].clone()), dloss.clone()]);
+            let grads = g.run(&bwd, &[R::F(vec![n, d]), R::S(vec![v, d])], |r, a| {
+                linear_cross_entropy_bwd(r, a, &op)
+            });
+            for (k, x) in grads.iter().enumerate() {
+                g.gradient("loss", x, &a, k, &[1.25], forward);
+            }
+            let mut both = args.to_vec();
+            both.extend([
+                dloss,
+                S(vec![v, d], vec![f64::NAN; v * d]),
+                S(vec![1], vec![0.0]),
+            ]);
+            let all = g.run(
+                &both,
+                &[
+                    R::S(vec![1]),
+                    rows(),
+                    rows(),
+                    rows(),
+                    R::F(vec![n, d]),
+                    R::Arg(5),
+                ],
+                |r, a| linear_cross_entropy_grad(r, a, &op),
+            );
+            g.close("loss with gradient", &all[0], &out[0]);
+            g.close("dx with loss", &all[4], &grads[0]);
+            g.close("dw with loss", &all[5], &grads[1]);
+        }
+    });
+}
+
+#[test]
+fn experts() {
+    with_device(|g| {
+        let (t, e, k, d, n) = (70, 5, 2, 9, 11);
+        let logits = g.s(1, &[t, e]);
+        let op = Route {
+            top_k: k,
+            score: 0,
+            normalize: true,
+            groups: 1,
+            top_groups: 1,
+            scale: 1.5,
+        };
+        let out = g.run(
+            &[logits.clone(), No],
+            &[R::S(vec![t, k]), R::I(vec![t, k])],
+            |r, a| route(r, a, &op),
+        );
+        let chosen: Vec<i32> = out[1].iter().map(|&x| x as i32).collect();
+        let a = data(&[logits.clone()]);
+        let forward = |a: &[V]| -> V {
+            (0..t * k)
+                .map(|f| {
+                    let row = f / k;
+                    let x = |j: usize| a[0][row * e + chosen[row * k + j] as usize].exp();
+                    1.5 * x(f % k) / (0..k).map(x).sum::<f64>()
+                })
+                .collect()
+        };
+        g.close("route", &out[0], &forward(&a));
+        for row in 0..t {
+            let best = (0..e)
+                .max_by(|&i, &j| a[0][row * e + i].total_cmp(&a[0][row * e + j]))
+                .unwrap();
+            assert_eq!(chosen[row * k] as usize, best);
+        }
+        let dw = g.s(2, &[t, k]);
+        let c = data(std::slice::from_ref(&dw)).remove(0);
+        let choice = I(vec![t, k], chosen.clone());
+        let dl = g.run(
+            &[logits.clone(), choice.clone(), dw],
+            &[R::S(vec![t, e])],
+            |r, a| route_bwd(r, a, &op),
+        );
+        g.gradient("route", &dl[0], &a, 0, &c, forward);
+        let balanced = |a: &[V]| -> V {
+            let mut s = 0.0;
+            for i in 0..e {
+                let f = chosen.iter().filter(|&&c| c as usize == i).count() as f64 / (t * k) as f64;
+                s += f
+                    * (0..t)
+                        .map(|r| {
+                            a[0][r * e + i].exp()
+                                / (0..e).map(|j| a[0][r * e + j].exp()).sum::<f64>()
+                        })
+                        .sum::<f64>()
+                    / t as f64;
+            }
+            vec![s * e as f64]
+        };
+        g.close(
+            "balance",
+            &g.run(&[logits.clone(), choice.clone()], &[R::S(vec![1])], balance)[0],
+            &balanced(&a),
+        );
+        let db = g.run(
+            &[logits, choice.clone(), S(vec![1], vec![2.0])],
+            &[R::S(vec![t, e])],
+            balance_bwd,
+        );
+        g.gradient("balance", &db[0], &a, 0, &[2.0], balanced);
+        let rows = t * k;
+        let out = g.run(
+            &[choice],
+            &[R::I(vec![rows]), R::I(vec![rows]), R::I(vec![e + 1])],
+            |r, a| dispatch(r, a, e),
+        );
+        let mut order: Vec<usize> = (0..rows).collect();
+        order.sort_by_key(|&f| chosen[f]);
+        assert_eq!(out[0], order.iter().map(|&f| f as f64).collect::<V>());
+        let int = |v: &V| v.iter().map(|&x| x as i32).collect::<Vec<i32>>();
+        let (ord, slot, off) = (
+            I(vec![rows], int(&out[0])),
+            I(vec![rows], int(&out[1])),
+            I(vec![e + 1], int(&out[2])),
+        );
+        let x = g.f(3, &[t, d]);
+        let gathered = g.run(
+            &[x.clone(), ord.clone(), slot.clone()],
+            &[R::F(vec![rows, d])],
+            gather_rows,
+        );
+        let xs = data(std::slice::from_ref(&x)).remove(0);
+        let want: V = (0..rows * d)
+            .map(|i| xs[order[i / d] / k * d + i % d])
+            .collect();
+        g.close("gather_rows", &gathered[0], &want);
+        // Products.
+        let args = [F(vec![rows, d], want), g.f(4, &[e, n, d]), off.clone()];
+        let a = data(&args);
+        let expert = |r: usize| chosen[order[r]] as usize;
+        let forward = |a: &[V]| -> V {
+            (0..rows * n)
+                .map(|i| {
+                    (0..d)
+                        .map(|j| a[0][i / n * d + j] * a[1][(expert(i / n) * n + i % n) * d + j])
+                        .sum()
+                })
+                .collect()
+        };
+        g.close(
+            "grouped_linear",
+            &g.run(&args, &[R::F(vec![rows, n])], grouped_linear)[0],
+            &forward(&a),
+        );
+        let dy = g.f(5, &[rows, n]);
+        let c = data(std::slice::from_ref(&dy)).remove(0);
+        let dx = g.run(
+            &[dy.clone(), args[1].clone(), off.clone()],
+            &[R::F(vec![rows, d])],
+            grouped_linear_dx,
+        );
+        g.gradient("grouped_linear", &dx[0], &a, 0, &c, forward);
+        let dw = g.run(
+            &[
+                args[0].clone(),
+                dy,
+                off,
+                S(vec![e, n, d], vec![f64::NAN; e * n * d]),
+                S(vec![1], vec![0.0]),
+            ],
+            &[R::Arg(3)],
+            grouped_linear_dw,
+        );
+        g.gradient("grouped_linear", &dw[0], &a, 1, &c, forward);
+        // Back to tokens.
+        let args = [g.f(6, &[rows, d]), ord, slot, g.s(7, &[t, k])];
+        let a = data(&args);
+        let forward = |a: &[V]| -> V {
+            (0..t * d)
+                .map(|i| {
+                    (0..k)
+                        .map(|j| {
+                            let f = i / d * k + j;
+                            a[3][f] * a[0][a[2][f] as usize * d + i % d]
+                        })
+                        .sum()
+                })
+                .collect()
+        };
+        g.close(
+            "combine",
+            &g.run(&args, &[R::F(vec![t, d])], combine)[0],
+            &forward(&a),
+        );
+        let dx = g.f(8, &[t, d]);
+        let c = data(std::slice::from_ref(&dx)).remove(0);
+        let mut bwd = args.to_vec();
+        bwd.push(dx);
+        let back = g.run(&bwd, &[R::F(vec![rows, d]), R::S(vec![t, k])], combine_bwd);
+        g.gradient("combine", &back[0], &a, 0, &c, forward);
+        g.gradient("combine", &back[1], &a, 3, &c, forward);
+    });
+}
+
+#[test]
+fn moves_sums_and_updates() {
+    with_device(|g| {
+        let x = g.f(1, &[3, 4, 6]);
+        let v = data(std::slice::from_ref(&x)).remove(0);
+        let parts = g.run(
+            &[x.clone()],
+            &[R::F(vec![3, 4, 2]), R::F(vec![3, 4, 4])],
+            split,
+        );
+        let joined = g.run(
+            &[
+                F(vec![3, 4, 2], parts[0].clone()),
+                F(vec![3, 4, 4], parts[1].clone()),
+            ],
+            &[R::F(vec![3, 4, 6])],
+            concat,
+        );
+        assert_eq!(joined[0], v);
+        assert_eq!(parts[1][..4], v[2..6]);
+        let out = g.run(&[x.clone()], &[R::F(vec![3, 1, 6])], last);
+        assert_eq!(out[0][6..12], v[42..48]);
+        let back = g.run(
+            &[F(vec![3, 1, 6], out[0].clone())],
+            &[R::F(vec![3, 4, 6])],
+            last_bwd,
+        );
+        let want: V = (0..72)
+            .map(|e| if e / 6 % 4 == 3 { v[e] } else { 0.0 })
+            .collect();
+        assert_eq!(back[0], want);
+        let sum = |n: usize, f: &dyn Fn(usize) -> usize| -> V {
+            let mut s = vec![0.0; n];
+            for (e, x) in v.iter().enumerate() {
+                s[f(e)] += x;
+            }
+            s
+        };
+        g.close(
+            "sum of rows",
+            &g.run(&[x.clone()], &[R::S(vec![6])], |r, a| sum_to(r, a, false))[0],
+            &sum(6, &|e| e % 6),
+        );
+        g.close(
+            "sum of columns",
+            &g.run(&[x.clone()], &[R::S(vec![3, 4, 1])], |r, a| {
+                sum_to(r, a, true)
+            })[0],
+            &sum(12, &|e| e / 6),
+        );
+        g.close(
+            "sum",
+            &g.run(&[x.clone()], &[R::S(vec![1])], |r, a| sum_to(r, a, false))[0],
+            &sum(1, &|_| 0),
+        );
+        let ms = v.iter().map(|x| x * x).sum::<f64>();
+        g.close(
+            "mean_square",
+            &g.run(&[x.clone()], &[R::S(vec![1])], mean_square)[0],
+            &[ms / 72.0],
+        );
+        g.close(
+            "global_norm",
+            &g.run(&[x.clone(), No, x.clone()], &[R::S(vec![1])], global_norm)[0],
+            &[(2.0 * ms).sqrt()],
+        );
+        let s = &g.run(&[x.clone()], &[R::S(vec![70])], stat)[0];
+        g.close(
+            "stat",
+            &[s[0], s[5], s[6..].iter().sum()],
+            &[(ms / 72.0).sqrt(), v.iter().sum::<f64>() / 72.0, 72.0],
+        );
+        let wide = g.run(&[x.clone()], &[R::S(vec![3, 4, 6])], cast);
+        assert_eq!(wide[0], v);
+        // Rows 1..3 of a buffer.
+        let out = g.run(
+            &[
+                S(vec![4, 6], vec![1.0; 24]),
+                S(vec![1], vec![0.5]),
+                F(vec![2, 6], v[..12].to_vec()),
+            ],
+            &[R::Arg(0)],
+            |r, a| accumulate(r, a, 1, 2),
+        );
+        let want: V = (0..24)
+            .map(|e| {
+                if (6..18).contains(&e) {
+                    0.5 + v[e - 6]
+                } else {
+                    1.0
+                }
+            })
+            .collect();
+        g.close("accumulate", &out[0], &want);
+        // A look-up and its derivative.
+        let tokens = I(vec![5], vec![2, 0, 2, 3, 2]);
+        let table = g.f(2, &[4, 6]);
+        let tv = data(std::slice::from_ref(&table)).remove(0);
+        let y = g.run(&[tokens.clone(), table], &[R::F(vec![5, 6])], embed);
+        assert_eq!(y[0][24..], tv[12..18]);
+        let dy = F(vec![5, 6], v[..30].to_vec());
+        let d = g.run(
+            &[
+                tokens,
+                dy,
+                S(vec![4, 6], vec![f64::NAN; 24]),
+                S(vec![1], vec![0.0]),
+            ],
+            &[R::Arg(2)],
+            embed_bwd,
+        );
+        let want: V = (0..24)
+            .map(|e| {
+                [1, 9, 0, 3]
+                    .iter()
+                    .enumerate()
+                    .filter(|(r, _)| *r == e / 6)
+                    .map(|_| match e / 6 {
+                        2 => v[e % 6] + v[12 + e % 6] + v[24 + e % 6],
+                        0 => v[6 + e % 6],
+                        3 => v[18 + e % 6],
+                        _ => 0.0,
+                    })
+                    .sum()
+            })
+            .collect();
+        g.close("embed_bwd", &d[0], &want);
+        let cache = g.run(
+            &[
+                F(vec![1, 4, 1, 6], vec![0.0; 24]),
+                F(vec![1, 2, 1, 6], v[..12].to_vec()),
+                I(vec![1], vec![1]),
+            ],
+            &[R::Arg(0)],
+            cache_write,
+        );
+        let want: V = (0..24)
+            .map(|e| if (6..18).contains(&e) { v[e - 6] } else { 0.0 })
+            .collect();
+        assert_eq!(cache[0], want);
+        // Rotation by position, and back.
+        let inv = S(vec![2], vec![1.0, 0.1]);
+        let q = g.f(3, &[1, 7, 2, 6]);
+        let qv = data(std::slice::from_ref(&q)).remove(0);
+        let r = g.run(&[q, No, inv.clone()], &[R::F(vec![1, 7, 2, 6])], |r, a| {
+            rope(r, a, 4, 1.0, false)
+        });
+        let want: V = (0..84)
+            .map(|e| {
+                let (p, t) = (e % 6, e / 12);
+                if p >= 4 {
+                    return qv[e];
+                }
+                let a = t as f64 * [1.0, 0.1][p % 2];
+                if p < 2 {
+                    qv[e] * a.cos() - qv[e + 2] * a.sin()
+                } else {
+                    qv[e] * a.cos() + qv[e - 2] * a.sin()
+                }
+            })
+            .collect();
+        g.close("rope", &r[0], &want);
+        let back = g.run(
+            &[F(vec![1, 7, 2, 6], r[0].clone()), No, inv],
+            &[R::F(vec![1, 7, 2, 6])],
+            |r, a| rope(r, a, 4, 1.0, true),
+        );
+        g.close("rope back", &back[0], &qv);
+        // A step of the optimiser.
+        let n = 30;
+        let (p, gr) = (g.f(4, &[n]), g.s(5, &[n]));
+        let d = data(&[p.clone(), gr.clone()]);
+        let op = AdamW {
+            betas: (0.9, 0.999),
+            eps: 1e-8,
+            clip: 1.0,
+            tensors: vec![(0.1, 2.0)],
+        };
+        let out = g.run(
+            &[
+                S(vec![1], vec![0.01]),
+                S(vec![1], vec![1.0]),
+                S(vec![1], vec![4.0]),
+                p,
+                gr,
+                S(vec![n], vec![0.0; n]),
+                S(vec![n], vec![0.0; n]),
+            ],
+            &[R::Arg(3), R::Arg(5), R::Arg(6)],
+            |r, a| adamw(r, a, &op),
+        );
+        let want: V = (0..n)
+            .map(|i| {
+                let x = d[1][i] / 4.0;
+                d[0][i] - 0.02 * (x / (x.abs() + 1e-8) + 0.1 * d[0][i])
+            })
+            .collect();
+        g.close("adamw", &out[0], &want);
+        g.close(
+            "adamw m",
+            &out[1],
+            &d[1].iter().map(|x| 0.1 * x / 4.0).collect::<V>(),
+        );
+        // An elementwise program: silu(x0) * x1 + 2 x2, x1 by column, x2 by row.
+        let program = Program {
+            code: vec![
+                Instr::Arg(0),
+                Instr::Arg(1),
+                Instr::Arg(2),
+                Instr::Un(Un::Silu, 0),
+                Instr::Bin(Bin::Mul, 3, 1),
+                Instr::Un(Un::Scale(2.0), 2),
+                Instr::Bin(Bin::Add, 4, 5),
+            ],
+            outs: vec![6],
+            broadcast: vec![Broadcast::Full, Broadcast::Suffix(6), Broadcast::Prefix(6)],
+        };
+        let (c, w) = (g.s(6, &[6]), g.f(7, &[12, 1]));
+        let d = data(&[c.clone(), w.clone()]);
+        let out = g.run(&[x, c, w], &[R::F(vec![12, 6])], |r, a| {
+            pointwise(r, a, &program)
+        });
+        let want: V = (0..72)
+            .map(|e| silu(v[e]) * d[0][e % 6] + 2.0 * d[1][e / 6])
+            .collect();
+        g.close("pointwise", &out[0], &want);
+    });
+}
