@@ -28,7 +28,7 @@ KERNEL expert_place(const int* experts, const int* offsets, int* order, int* slo
     }
 }
 KERNEL gather_rows(const TA0* x, const int* order, TR0* y, i64 n, int D, int K) {
-    for (i64 e = global_thread(); e < n; e += all_threads()) y[e] = x[(i64)(order[e / D] / K) * D + e % D];
+    for (i64 e = global_thread(); e < n; e += all_threads()) st(y, e, ld(x, (i64)(order[e / D] / K) * D + e % D));
 }
 KERNEL combine(const TA0* y, const int* slot, const TA3* weights, TR0* x, i64 n, int D, int K) {
     for (i64 e = global_thread(); e < n; e += all_threads()) {

@@ -1,5 +1,5 @@
 KERNEL last(const TA0* x, TR0* y, i64 n, int T, int D) {
-    for (i64 e = global_thread(); e < n; e += all_threads()) y[e] = x[((e / D + 1) * T - 1) * D + e % D];
+    for (i64 e = global_thread(); e < n; e += all_threads()) st(y, e, ld(x, ((e / D + 1) * T - 1) * D + e % D));
 }
 KERNEL last_bwd(const TA0* dy, TR0* dx, i64 n, int T, int D) {
     for (i64 e = global_thread(); e < n; e += all_threads()) {
