@@ -73,8 +73,8 @@ pub fn rms_norm_bwd(r: &mut Recorder, a: &Args, op: &RmsNorm) {
             Param::Int(op.gate),
         ],
     );
-    if w_len > 0 {
-        let rows = x.len() / w_len;
+    if w.is_present() {
+        let rows = x.len() / w_len.max(1);
         let n = chunks(rows);
         let part = r.scratch(DType::F32, n * w_len);
         r.launch(

@@ -2,6 +2,7 @@
 //! differences of those loops. Without a GPU, or without its libraries, the tests say so and pass.
 
 #![allow(unsafe_code)] // memory of the device
+#![allow(clippy::unwrap_used)] // in helpers of tests too
 
 use marimba_kernels::*;
 use std::cell::RefCell;
@@ -915,7 +916,7 @@ fn experts() {
             |r, a| route(r, a, &op),
         );
         let chosen: Vec<i32> = out[1].iter().map(|&x| x as i32).collect();
-        let a = data(&[logits.clone()]);
+        let a = data(std::slice::from_ref(&logits));
         let forward = |a: &[V]| -> V {
             (0..t * k)
                 .map(|f| {
@@ -1067,7 +1068,7 @@ fn moves_sums_and_updates() {
         let x = g.f(1, &[3, 4, 6]);
         let v = data(std::slice::from_ref(&x)).remove(0);
         let parts = g.run(
-            &[x.clone()],
+            std::slice::from_ref(&x),
             &[R::F(vec![3, 4, 2]), R::F(vec![3, 4, 4])],
             split,
         );
@@ -1081,7 +1082,7 @@ fn moves_sums_and_updates() {
         );
         assert_eq!(joined[0], v);
         assert_eq!(parts[1][..4], v[2..6]);
-        let out = g.run(&[x.clone()], &[R::F(vec![3, 1, 6])], last);
+        let out = g.run(std::slice::from_ref(&x), &[R::F(vec![3, 1, 6])], last);
         assert_eq!(out[0][6..12], v[42..48]);
         let back = g.run(
             &[F(vec![3, 1, 6], out[0].clone())],
@@ -1101,25 +1102,29 @@ fn moves_sums_and_updates() {
         };
         g.close(
             "sum of rows",
-            &g.run(&[x.clone()], &[R::S(vec![6])], |r, a| sum_to(r, a, false))[0],
+            &g.run(std::slice::from_ref(&x), &[R::S(vec![6])], |r, a| {
+                sum_to(r, a, false)
+            })[0],
             &sum(6, &|e| e % 6),
         );
         g.close(
             "sum of columns",
-            &g.run(&[x.clone()], &[R::S(vec![3, 4, 1])], |r, a| {
+            &g.run(std::slice::from_ref(&x), &[R::S(vec![3, 4, 1])], |r, a| {
                 sum_to(r, a, true)
             })[0],
             &sum(12, &|e| e / 6),
         );
         g.close(
             "sum",
-            &g.run(&[x.clone()], &[R::S(vec![1])], |r, a| sum_to(r, a, false))[0],
+            &g.run(std::slice::from_ref(&x), &[R::S(vec![1])], |r, a| {
+                sum_to(r, a, false)
+            })[0],
             &sum(1, &|_| 0),
         );
         let ms = v.iter().map(|x| x * x).sum::<f64>();
         g.close(
             "mean_square",
-            &g.run(&[x.clone()], &[R::S(vec![1])], mean_square)[0],
+            &g.run(std::slice::from_ref(&x), &[R::S(vec![1])], mean_square)[0],
             &[ms / 72.0],
         );
         g.close(
@@ -1127,13 +1132,13 @@ fn moves_sums_and_updates() {
             &g.run(&[x.clone(), No, x.clone()], &[R::S(vec![1])], global_norm)[0],
             &[(2.0 * ms).sqrt()],
         );
-        let s = &g.run(&[x.clone()], &[R::S(vec![70])], stat)[0];
+        let s = &g.run(std::slice::from_ref(&x), &[R::S(vec![70])], stat)[0];
         g.close(
             "stat",
             &[s[0], s[5], s[6..].iter().sum()],
             &[(ms / 72.0).sqrt(), v.iter().sum::<f64>() / 72.0, 72.0],
         );
-        let wide = g.run(&[x.clone()], &[R::S(vec![3, 4, 6])], cast);
+        let wide = g.run(std::slice::from_ref(&x), &[R::S(vec![3, 4, 6])], cast);
         assert_eq!(wide[0], v);
         // Rows 1..3 of a buffer.
         let out = g.run(
