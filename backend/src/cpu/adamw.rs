@@ -46,6 +46,10 @@ type Task<'a> = (Step, &'a mut [f32], &'a [f32], &'a mut [f32], &'a mut [f32]);
 /// `p`, `m`, `v` in place.
 pub(super) fn adamw(op: &AdamW, a: &Args, r: &mut Results, cx: &Cx) {
     let (lr, step, norm) = (f64::from(a.f(0)[0]), f64::from(a.f(1)[0]), a.f(2)[0]);
+    if !norm.is_finite() {
+        // The results are the arguments' memory: leaving them alone keeps the step from having happened.
+        return;
+    }
     let (b1, b2) = op.betas;
     let clip = match op.clip {
         Some(clip) if norm > clip as f32 => clip as f32 / norm,
@@ -123,6 +127,32 @@ mod tests {
             ],
         );
         close(floats(&got[0]), &[want], 1e-7);
+    }
+
+    #[test]
+    fn a_norm_that_is_no_number_leaves_everything_as_it_was() {
+        for norm in [f32::NAN, f32::INFINITY] {
+            let tensors = vec![AdamWTensor {
+                decay: 0.1,
+                lr_scale: 1.0,
+            }];
+            let op = AdamW {
+                betas: (0.9, 0.95),
+                eps: 1e-8,
+                clip: Some(1.0),
+                tensors,
+            };
+            let (p, g, m) = (randn(1, 63), randn(2, 63), randn(3, 63));
+            let v: Vec<f32> = randn(4, 63).iter().map(|v| v * v).collect();
+            let scalar = |x: f32| f(Type::scalar(), &[x]);
+            let mut args = vec![scalar(1e-2), scalar(1.0), scalar(norm)];
+            args.extend([&p, &g, &m, &v].map(|x| f(Type::f32(dims![X 63]), x)));
+            let got = run(op, &args);
+            assert_eq!(
+                [floats(&got[0]), floats(&got[1]), floats(&got[2])],
+                [&p[..], &m[..], &v[..]]
+            );
+        }
     }
 
     #[test]

@@ -34,6 +34,10 @@ pub(super) fn adamw<E: Dtype, D: Device<E>>(
     let mut out = Vec::new();
     for (i, tensor) in op.tensors.iter().enumerate() {
         let [p, g, m, v] = [0, 1, 2, 3].map(|k| a.var(3 + 4 * i + k));
+        if !norm.is_finite() {
+            out.extend([p?.clone().into(), m?.clone().into(), v?.clone().into()]);
+            continue;
+        }
         let (p, g) = (p?, cx.scale(g?, clip)?);
         let m = average(m?, &g, b1)?;
         let v = average(v?, &cx.square(&g)?, b2)?;

@@ -192,7 +192,7 @@ fn open_text(d: &Text) -> Result<Opened, DataError> {
     };
     let tokenizer = tokenizer::load(file)?;
     let docs = open_documents(
-        &[d.path.clone()],
+        std::slice::from_ref(&d.path),
         tokenizer.clone(),
         &Columns::default(),
         OnBad::Stop,

@@ -102,6 +102,12 @@ pub fn unix_now() -> f64 {
         .unwrap_or(0.0)
 }
 
+/// SHA-256 of a text, in hexadecimal: equal iff two resolved configurations are the same.
+pub fn content_hash(text: &str) -> String {
+    use sha2::{Digest, Sha256};
+    crate::data::hex(&Sha256::digest(text.as_bytes()))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -141,10 +147,4 @@ mod tests {
             RecordError::DiskFull { .. }
         ));
     }
-}
-
-/// SHA-256 of a text, in hexadecimal: equal iff two resolved configurations are the same.
-pub fn content_hash(text: &str) -> String {
-    use sha2::{Digest, Sha256};
-    crate::data::hex(&Sha256::digest(text.as_bytes()))
 }

@@ -246,7 +246,7 @@ impl Loop<'_> {
                 .collect::<Result<_, _>>()?;
             let step = *at + 1;
             let lr = self.run.lr_at(*at);
-            let probe = self.run.probe_every.is_some_and(|n| step % n == 0);
+            let probe = self.run.probe_every.is_some_and(|n| step.is_multiple_of(n));
             let outcome = self.trainer.step(step, lr, &batches, probe)?;
             *at = step;
             tokens += outcome.tokens;
@@ -255,7 +255,7 @@ impl Loop<'_> {
             self.record_stats(step, &outcome)?;
 
             let phase_ends = phase_step + 1 == phase.steps;
-            if step % self.run.log_every.max(1) == 0 || phase_ends {
+            if step.is_multiple_of(self.run.log_every.max(1)) || phase_ends {
                 let secs = clock.elapsed().as_secs_f64().max(1e-9);
                 let line = LogLine {
                     step,
@@ -273,7 +273,7 @@ impl Loop<'_> {
                 losses.clear();
                 clock = Instant::now();
             }
-            if phase.eval.every.is_some_and(|n| step % n == 0) || phase_ends {
+            if phase.eval.every.is_some_and(|n| step.is_multiple_of(n)) || phase_ends {
                 let paused = Instant::now();
                 let stop = self.evaluate(step, phase_idx)?;
                 clock += paused.elapsed();
@@ -281,7 +281,13 @@ impl Loop<'_> {
                     break;
                 }
             }
-            if self.run.checkpoint.every.is_some_and(|n| step % n == 0) && step < total {
+            if self
+                .run
+                .checkpoint
+                .every
+                .is_some_and(|n| step.is_multiple_of(n))
+                && step < total
+            {
                 let paused = Instant::now();
                 self.save(step)?;
                 clock += paused.elapsed();

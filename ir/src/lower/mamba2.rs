@@ -74,7 +74,7 @@ pub(super) fn lower(
     let a = cx.neg_exp(a_log)?;
     let skip = cx.vector(&format!("{w}.d"), dims![H h], ParamInit::Ones);
 
-    let clamp = !(cx.options().mode == super::Mode::Decode && !spec.dt_limit_in_decode);
+    let clamp = cx.options().mode != super::Mode::Decode || spec.dt_limit_in_decode;
     let op = Ssd {
         chunk: spec.chunk_size,
         dt_limit: if clamp {

@@ -30,7 +30,7 @@ impl OpDef for Rope {
     fn infer(&self, a: &ArgTypes) -> Result<Vec<Type>, TypeError> {
         let x = a.req(0, "x")?;
         a.check(
-            x.rank() == 4 && self.dims <= x.last() && self.dims % 2 == 0,
+            x.rank() == 4 && self.dims <= x.last() && self.dims.is_multiple_of(2),
             x,
             "x [B T H P], dims even, at most P",
         )?;
