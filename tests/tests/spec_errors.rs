@@ -3,6 +3,8 @@
 //! `errors/model-x.ron` is read as a model (`run-`, `sweep-` likewise) and its report compared with `errors/model-x.txt`.
 //! After a wanted change: `BLESS=1 cargo test -p marimba-tests --test spec_errors`, and read the difference.
 
+#![allow(clippy::unwrap_used)] // a test that cannot go on has failed
+
 use marimba_dsl::{Report, Set, Source, parse_model, parse_run, parse_sweep};
 use std::path::{Path, PathBuf};
 
