@@ -585,7 +585,7 @@ fn narrow_types_run_or_are_refused() {
     built.graph.outputs.push(("y".into(), built.results[0]));
     for engine in &mut engines() {
         match built.run(engine.as_mut()) {
-            Ok(y) => assert_eq!(y["y"].f32(), [1.0, -2.5, 0.10009765625, 3.0]),
+            Ok(y) => assert_eq!(y["y"].f32(), [1.0, -2.5, 0.100_097_656, 3.0]),
             Err(e) => assert!(matches!(e, BackendError::Unsupported { .. }), "{e}"),
         }
     }

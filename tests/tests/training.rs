@@ -22,7 +22,7 @@ const MODEL: &str = r#"(
 fn run(steps: usize, extra: &str) -> Valid<Run> {
     let text = format!(
         "( name: \"t\", model: {MODEL}, data: Mqar(vocab_size: 48, n_pairs: 4), steps: {steps}, seq_len: 24, optimizer: (lr: 1e-2), \
-         schedule: (warmup: Linear(3)), eval: (rows: 8), log_every: 5, {extra} )"
+         schedule: (warmup: Linear(2)), eval: (rows: 8), log_every: 5, {extra} )"
     );
     parse_run(&Source::new("t.ron", text), &[]).unwrap_or_else(|r| panic!("{r}"))
 }
@@ -118,7 +118,7 @@ fn micro_batches_add_up_to_the_whole_batch() {
     )
     .expect("trains");
     for (i, (a, b)) in whole.iter().zip(&parts).enumerate() {
-        // The router's balance loss is a mean over each micro-batch: it is not linear in the batch, and its share is small.
+        // The router's balance loss is a mean of means over micro-batches: not linear in the batch, and a small share of the loss.
         assert!(
             (a - b).abs() < 5e-3 * a.abs(),
             "step {}: {a} against {b}",

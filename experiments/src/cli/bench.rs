@@ -141,6 +141,7 @@ fn bench_train(args: &BenchTrainArgs) -> Result<(), CliError> {
         ("pos", HostTensor::I32(pos)),
         ("loss_scale", HostTensor::F32(vec![1.0 / tokens as f32])),
         ("grad_keep", HostTensor::F32(vec![0.0])),
+        ("aux_scale", HostTensor::F32(vec![1.0])),
     ];
     let mut times = Vec::new();
     let mut loss = f64::NAN;

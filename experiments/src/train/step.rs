@@ -183,7 +183,7 @@ impl Trainer {
                 seq_len: batch.seq_len,
                 probe: probe && last,
             })?;
-            let mut inputs = loss_inputs(batch, scale);
+            let mut inputs = loss_inputs(batch, scale, batches.len());
             inputs.push((
                 "grad_keep",
                 HostTensor::F32(vec![if i == 0 { 0.0 } else { 1.0 }]),
@@ -221,7 +221,7 @@ impl Trainer {
                         seq_len: batch.seq_len,
                         probe: false,
                     })?;
-                    let mut inputs = loss_inputs(batch, scale);
+                    let mut inputs = loss_inputs(batch, scale, batches.len());
                     inputs.push(("grad_keep", HostTensor::F32(vec![0.0])));
                     if self.alpha_from.is_some() {
                         inputs.push((ACTIVATION_ALPHA, HostTensor::F32(vec![alpha])));
@@ -248,7 +248,7 @@ impl Trainer {
             batch: batch.rows,
             seq_len: batch.seq_len,
         })?;
-        let mut outputs = self.engine.run(id, &loss_inputs(batch, 1.0))?;
+        let mut outputs = self.engine.run(id, &loss_inputs(batch, 1.0, 1))?;
         let mut take = |name: &str| match outputs.remove(name) {
             Some(HostTensor::F32(v)) => v,
             Some(HostTensor::I32(_)) | None => Vec::new(),
@@ -257,12 +257,16 @@ impl Trainer {
     }
 }
 
-fn loss_inputs(batch: &Batch, scale: f32) -> Vec<(&'static str, HostTensor)> {
+fn loss_inputs(batch: &Batch, scale: f32, micro_batches: usize) -> Vec<(&'static str, HostTensor)> {
     vec![
         ("tokens", HostTensor::I32(batch.tokens.clone())),
         ("pos", HostTensor::I32(batch.positions.clone())),
         ("targets", HostTensor::I32(batch.targets.clone())),
         ("loss_scale", HostTensor::F32(vec![scale])),
+        (
+            "aux_scale",
+            HostTensor::F32(vec![1.0 / micro_batches.max(1) as f32]),
+        ),
     ]
 }
 

@@ -148,15 +148,18 @@ impl<'m> Cx<'m> {
         self.aux.push((name, coefficient, v));
     }
 
-    /// `loss + sum of coefficient * aux`; puts each aux out as `aux:<name>`.
+    /// `loss + aux_scale * sum of coefficient * aux`; puts each aux out as `aux:<name>`. The input `aux_scale` is one over the number of
+    /// micro-batches of a step: an aux loss is a mean over its micro-batch, where the loss itself is already scaled for the whole step.
     pub(super) fn total_loss(&mut self, loss: ValueId) -> Result<ValueId, TypeError> {
         let mut total = loss;
         for (name, coefficient, v) in std::mem::take(&mut self.aux) {
             self.output(&format!("aux:{name}"), v);
-            total = self.push1(
-                Pointwise::add_scaled(coefficient as f32),
-                vec![Some(total), Some(v)],
-            )?;
+            let scale = self.input("aux_scale", Type::scalar());
+            let mut p = Pointwise::new(3);
+            let weighted = p.un(Un::Scale(coefficient as f32), 1);
+            let weighted = p.bin(Bin::Mul, weighted, 2);
+            let sum = p.bin(Bin::Add, 0, weighted);
+            total = self.push1(p.out(sum), vec![Some(total), Some(v), Some(scale)])?;
         }
         Ok(total)
     }

@@ -2,7 +2,7 @@
 //! parameter name used twice.
 //!
 //! Inputs of every graph: `tokens i32[B T]`, `pos i32[B T]` (position within the document; 0 starts a new one). Training and
-//! evaluation add `targets i32[B T]` and `loss_scale f32[X1]`; prefill and decode add `slot i32[X1]`, the cache slot of the first
+//! evaluation add `targets i32[B T]` and `loss_scale f32[X1]` (and `aux_scale f32[X1]` where routers have losses); prefill and decode add `slot i32[X1]`, the cache slot of the first
 //! token. Outputs: `loss`, `nll`, `hit` (see `linear_cross_entropy`), `aux:<name>`, or `logits`.
 
 mod attention;
