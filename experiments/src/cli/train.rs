@@ -75,12 +75,36 @@ pub(super) fn run(args: &TrainArgs) -> Result<(), CliError> {
         }
         Finish::Interrupted => {
             eprintln!(
-                "stopped after step {}; checkpoint {checkpoint}; continue with: marimba train {} --out {} --resume",
+                "stopped after step {}; checkpoint {checkpoint}; continue with: {}",
                 outcome.step,
-                args.run.display(),
-                out.display()
+                again(&out)
             );
             Err(CliError::Interrupted)
         }
     }
+}
+
+/// This command line, made to resume.
+fn again(out: &std::path::Path) -> String {
+    let quote = |a: String| {
+        let plain = a
+            .chars()
+            .all(|c| c.is_alphanumeric() || "-_./=,:+%@".contains(c));
+        if plain {
+            a
+        } else {
+            format!("'{}'", a.replace('\'', "'\\''"))
+        }
+    };
+    let mut words: Vec<String> = std::env::args().map(quote).collect();
+    if !words
+        .iter()
+        .any(|w| w == "--out" || w.starts_with("--out="))
+    {
+        words.push(format!("--out {}", quote(out.display().to_string())));
+    }
+    if !words.iter().any(|w| w == "--resume") {
+        words.push("--resume".into());
+    }
+    words.join(" ")
 }
