@@ -10,7 +10,6 @@ pub(super) fn lower(
     cx: &mut Cx,
     w: &str,
     state: &str,
-    name: &str,
     spec: &Spec,
     x: ValueId,
 ) -> Result<ValueId, TypeError> {
@@ -51,10 +50,10 @@ pub(super) fn lower(
     let (q, k) = match &spec.rope {
         Some(r) => {
             let freq = if rope::is_dynamic(r) && cx.stateful() {
-                cx.input(&rope::input_name(name), Type::f32(dims![X r.dims / 2]))
+                cx.input(&rope::input_name(r), Type::f32(dims![X r.dims / 2]))
             } else {
                 let len = cx.options().seq_len;
-                cx.constant(&format!("{name}.inv_freq"), rope::inv_freq(r, len))
+                cx.constant(&rope::input_name(r), rope::inv_freq(r, len))
             };
             let op = Rope {
                 dims: r.dims,

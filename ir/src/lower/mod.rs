@@ -188,14 +188,7 @@ fn lower_layer(
         }
         cx.at(&format!("layers[{i}].mixer"), Some(i));
         let h = cx.norm(&format!("{}.norm", sub.weights), input, &sub.norm)?;
-        let y = lower_mixer(
-            cx,
-            &sub.weights,
-            &format!("layers.{i}.mixer"),
-            &sub.name,
-            &sub.body,
-            h,
-        )?;
+        let y = lower_mixer(cx, &sub.weights, &format!("layers.{i}.mixer"), &sub.body, h)?;
         x = close_residual(cx, &format!("layers[{i}].mixer.out"), sub, x, y)?;
     }
     if let Some(sub) = &layer.ffn {
@@ -221,18 +214,16 @@ fn close_residual<T>(
     )
 }
 
-/// Lowers a mixer. `weights` names parameters (shared uses share it), `state` names recurrent state (unique per use), `name` is the
-/// declared name.
+/// Lowers a mixer. `weights` names parameters (shared uses share it), `state` names recurrent state (unique per use).
 fn lower_mixer(
     cx: &mut Cx,
     weights: &str,
     state: &str,
-    name: &str,
     mixer: &Mixer,
     x: ValueId,
 ) -> Result<ValueId, TypeError> {
     match mixer {
-        Mixer::Attention(spec) => attention::lower(cx, weights, state, name, spec, x),
+        Mixer::Attention(spec) => attention::lower(cx, weights, state, spec, x),
         Mixer::Mamba1(spec) => mamba1::lower(cx, weights, state, spec, x),
         Mixer::Mamba2(spec) => mamba2::lower(cx, weights, state, spec, x),
         Mixer::GatedDeltaNet(spec) => gated_deltanet::lower(cx, weights, state, spec, x),
@@ -244,7 +235,7 @@ fn lower_mixer(
                     format!("{weights}.{}", branch.name),
                     format!("{state}.{}", branch.name),
                 );
-                let y = lower_mixer(cx, &w, &s, &branch.name, &branch.mixer, h)?;
+                let y = lower_mixer(cx, &w, &s, &branch.mixer, h)?;
                 let y = cx.scale(y, branch.out_multiplier)?;
                 sum = Some(match sum {
                     Some(acc) => cx.add(acc, y)?,
@@ -282,7 +273,6 @@ fn lower_inject(
         cx,
         &format!("{w}.mixer"),
         &format!("layers.{i}.inject"),
-        "inject",
         &spec.mixer,
         h,
     )?;

@@ -93,37 +93,41 @@ pub fn is_dynamic(rope: &Rope) -> bool {
     matches!(rope.scaling, RopeScaling::LongRope { .. })
 }
 
-/// Name of the input that holds the frequencies of the mixer declared as `name`.
-pub fn input_name(name: &str) -> String {
-    format!("inv_freq.{name}")
+/// Name of the input or constant that holds the frequencies of such an embedding: equal embeddings share it, whatever mixer they are
+/// declared in (FNV-1a of the parameters).
+pub fn input_name(rope: &Rope) -> String {
+    let hash = format!("{rope:?}")
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325u64, |h, b| {
+            (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+        });
+    format!("inv_freq.{hash:016x}")
 }
 
 /// The frequency inputs of prefill and decode graphs of this model for sequences of `len` tokens in all.
 pub fn dynamic_inputs(model: &Model, len: usize) -> Vec<(String, Vec<f32>)> {
     let mut out: Vec<(String, Vec<f32>)> = Vec::new();
-    let mut visit = |name: &str, rope: &Option<Rope>| {
+    let mut visit = |rope: &Option<Rope>| {
         if let Some(rope) = rope.as_ref().filter(|r| is_dynamic(r)) {
-            let name = input_name(name);
+            let name = input_name(rope);
             if !out.iter().any(|(n, _)| *n == name) {
                 out.push((name, inv_freq(rope, len)));
             }
         }
     };
-    fn mixers(visit: &mut impl FnMut(&str, &Option<Rope>), name: &str, mixer: &Mixer) {
+    fn mixers(visit: &mut impl FnMut(&Option<Rope>), mixer: &Mixer) {
         match mixer {
-            Mixer::Attention(a) => visit(name, &a.rope),
-            Mixer::Parallel(branches) => branches
-                .iter()
-                .for_each(|b| mixers(visit, &b.name, &b.mixer)),
+            Mixer::Attention(a) => visit(&a.rope),
+            Mixer::Parallel(branches) => branches.iter().for_each(|b| mixers(visit, &b.mixer)),
             Mixer::Mamba1(_) | Mixer::Mamba2(_) | Mixer::GatedDeltaNet(_) => {}
         }
     }
     for layer in &model.layers {
         if let Some(sub) = &layer.mixer {
-            mixers(&mut visit, &sub.name, &sub.body);
+            mixers(&mut visit, &sub.body);
         }
         if let Some(inject) = &layer.inject {
-            visit("inject", &inject.mixer.rope);
+            visit(&inject.mixer.rope);
         }
     }
     out
