@@ -5,6 +5,7 @@ use crate::facts::facts;
 use crate::program::{self, Program, TrainOptions};
 use clap::{Args, ValueEnum};
 use marimba_dsl::Source;
+use marimba_dsl::dialect::{self, DialectError};
 use marimba_dsl::model::{Ffn, Layer, Mixer, Model};
 use marimba_ir::lower::Logits;
 use marimba_ir::print;
@@ -36,9 +37,45 @@ pub(super) struct ShowArgs {
     /// Tokens of a row [default: the model's context_len, at most 4096]
     #[arg(long)]
     seq: Option<usize>,
+    /// Print only the layout, in another project's words
+    #[arg(long, value_enum)]
+    layout: Option<LayoutArg>,
     /// Print the facts as JSON on stdout
     #[arg(long)]
     json: bool,
+}
+
+/// Dialects of layouts.
+#[derive(Clone, Copy, ValueEnum)]
+enum LayoutArg {
+    /// Megatron's and Nemotron-H's pattern string
+    Megatron,
+    /// Hugging Face's layer_types
+    Hf,
+    /// Jamba's periods and offsets
+    Jamba,
+    /// Bamba's attention indices
+    Bamba,
+}
+
+/// The layout in a dialect, as JSON.
+fn layout(model: &Model, dialect: LayoutArg) -> Result<Value, DialectError> {
+    let kinds = |name| dialect::kinds(&model.layers, name);
+    Ok(match dialect {
+        LayoutArg::Megatron => {
+            json!({ "hybrid_override_pattern": dialect::to_megatron(&kinds("megatron")?)? })
+        }
+        LayoutArg::Hf => json!({ "layer_types": dialect::to_hf(&kinds("hf")?)? }),
+        LayoutArg::Jamba => {
+            let j = dialect::to_jamba(&kinds("jamba")?)?;
+            json!({
+                "num_hidden_layers": j.n_layers,
+                "attn_layer_period": j.attn_layer_period, "attn_layer_offset": j.attn_layer_offset,
+                "expert_layer_period": j.expert_layer_period, "expert_layer_offset": j.expert_layer_offset,
+            })
+        }
+        LayoutArg::Bamba => json!({ "attn_layer_indices": dialect::to_bamba(&kinds("bamba")?)? }),
+    })
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -51,6 +88,10 @@ enum ModeArg {
 pub(super) fn run(args: &ShowArgs) -> Result<(), CliError> {
     let source = Source::read(&args.file)?;
     let model = super::files::model_of(&source, &args.sets.sets)?;
+    if let Some(dialect) = args.layout {
+        let words = layout(&model, dialect).map_err(|e| CliError::Other(e.to_string()))?;
+        return print_json(&words);
+    }
     let seq = args.seq.unwrap_or(model.context_len.min(4096)).max(1);
     let batch = args.batch.max(1);
     let counts = facts(&model, seq)?;
