@@ -41,6 +41,12 @@ pub(super) struct SweepArgs {
 pub(super) fn run(args: &SweepArgs) -> Result<(), CliError> {
     let source = Source::read(&args.file)?;
     let sweep = parse_sweep(&source, &args.sets.sets)?;
+    if sweep.hold.is_some() || sweep.halving.is_some() {
+        return Err(CliError::Other(format!(
+            "{}: hold and halving are checked but cannot be run yet; take them out to run all members as they are written",
+            args.file.display()
+        )));
+    }
     let out = args
         .out
         .clone()
