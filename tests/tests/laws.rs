@@ -290,3 +290,25 @@ fn a_ragged_batch_says_what_each_prompt_says_alone() {
         }
     }
 }
+
+/// The law of packed rows for attention by itself, with a window and without, so that no draw of random models can miss it.
+#[test]
+fn attention_never_looks_into_the_document_before() {
+    for window in ["None", "3"] {
+        let text = format!(
+            "( vocab_size: 32, d_model: 16, n_layers: 1, context_len: 32, init: (std: 0.5), \
+             mixers: {{ \"attn\": Attention(n_heads: 2, window: {window}) }} )"
+        );
+        let source = marimba_dsl::Source::new("law.ron", text);
+        let m = marimba_dsl::parse_model(&source, &[]).unwrap_or_else(|r| panic!("{r}"));
+        let docs = [tokens(&m, 5, 1), tokens(&m, 9, 2)];
+        let pos: Vec<i32> = docs.iter().flat_map(|d| counted(d.len())).collect();
+        let packed = forward(&m, &[docs.concat()], &[pos]);
+        let mut at = 0;
+        for d in &docs {
+            let alone = forward(&m, std::slice::from_ref(d), &[counted(d.len())]);
+            assert_close("document", &packed[at..at + alone.len()], &alone);
+            at += alone.len();
+        }
+    }
+}
