@@ -13,9 +13,9 @@ use marimba_ir::{Options, Param, ParamInit, lower, plan};
 use proptest::prelude::*;
 
 fn engine() -> Box<dyn Engine> {
-    Box::new(marimba_backend::dfdx::DfdxEngine::<
-        marimba_backend::dfdx::Device,
-    >::default())
+    let mut cpu = marimba_backend::CpuEngine::new(2).unwrap();
+    cpu.set_poison(true);
+    Box::new(cpu)
 }
 
 /// Deterministic numbers in [-1, 1).
