@@ -119,8 +119,9 @@ pub fn ssd(r: &mut Recorder, a: &Args, chunk: usize, limit: (f32, f32)) {
 }
 
 /// `dx, ddt, da, db, dc`, then `dd, ddt_bias` where their arguments are present, of
-/// `x, dt, a, b, c, d?, dt_bias?, pos?, saved, dy`.
-pub fn ssd_bwd(r: &mut Recorder, a: &Args, limit: (f32, f32)) {
+/// `x, dt, a, b, c, d?, dt_bias?, pos?, saved, dy`; `saved` holds a state every `chunk` tokens.
+pub fn ssd_bwd(r: &mut Recorder, a: &Args, chunk: usize, limit: (f32, f32)) {
+    debug_assert_eq!(a.arg(8).size(1), a.arg(0).size(1).div_ceil(chunk.max(1)));
     let s = Shape::of(a);
     let (x, d, dy) = (a.arg(0), a.arg(5), a.arg(9));
     let (dts, decay) = steps(r, a, &s, limit);

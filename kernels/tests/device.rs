@@ -633,7 +633,7 @@ fn mamba2() {
                     R::S(vec![h]),
                     R::S(vec![h]),
                 ],
-                |r, a| ssd_bwd(r, a, limit),
+                |r, a| ssd_bwd(r, a, 4, limit),
             );
             for (k, d) in d.iter().enumerate() {
                 g.gradient("ssd", d, &a, k, &c, forward);
