@@ -427,6 +427,48 @@ impl Device {
         })
     }
 
+    /// Runs parts of prepared commands one after the other; the seconds that each took on the device.
+    ///
+    /// # Safety
+    /// As [`Device::run`].
+    ///
+    /// # Errors
+    /// [`KernelError::Driver`].
+    pub unsafe fn time(
+        &self,
+        prepared: &Prepared,
+        parts: &[std::ops::Range<usize>],
+    ) -> Result<Vec<f64>, KernelError> {
+        self.enter()?;
+        let fail = driver("timing");
+        let flags = sys::CUevent_flags_enum::CU_EVENT_DEFAULT;
+        let mut events = Vec::with_capacity(parts.len() + 1);
+        let mut times = Vec::with_capacity(parts.len());
+        // SAFETY: the caller's promise; events are made here, recorded on one stream and destroyed once.
+        unsafe {
+            let ran = (|| {
+                events.push(cu::event::create(flags).map_err(&fail)?);
+                cu::event::record(events[0], self.stream).map_err(&fail)?;
+                for part in parts {
+                    self.run(prepared, part.clone())?;
+                    let event = cu::event::create(flags).map_err(&fail)?;
+                    events.push(event);
+                    cu::event::record(event, self.stream).map_err(&fail)?;
+                }
+                self.sync()?;
+                for pair in events.windows(2) {
+                    let ms = cu::event::elapsed(pair[0], pair[1]).map_err(&fail)?;
+                    times.push(f64::from(ms) * 1e-3);
+                }
+                Ok(())
+            })();
+            for event in events {
+                let _ = cu::event::destroy(event);
+            }
+            ran.map(|()| times)
+        }
+    }
+
     /// Runs a part of prepared commands, in stream order, without waiting.
     ///
     /// # Safety
