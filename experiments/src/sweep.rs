@@ -4,6 +4,7 @@
 //! hash. A member whose folder holds another configuration is refused, never overwritten.
 
 use crate::engine;
+use crate::facts::Facts;
 use crate::interrupt;
 use crate::record::files::content_hash;
 use crate::record::{RunState, RunSummary, run_dir, summary};
@@ -43,18 +44,44 @@ pub enum Ended {
     NotBegun,
 }
 
+/// Something that happened to a member.
+#[derive(Clone, Copy, Debug)]
+pub enum Event<'a> {
+    /// It begins, or goes on, after `step` of `steps`.
+    Begin {
+        /// Steps done before.
+        step: usize,
+        /// Steps in all.
+        steps: usize,
+        /// What its model costs.
+        facts: &'a Facts,
+    },
+    /// It did a step, from 1, with this cross entropy.
+    Step {
+        /// The step.
+        step: usize,
+        /// Mean over its targets, nats.
+        loss: f64,
+    },
+    /// A log interval is done.
+    Log(&'a LogLine),
+    /// It was evaluated.
+    Eval {
+        /// The step.
+        step: usize,
+        /// By name, without `eval/`.
+        metrics: &'a BTreeMap<String, f64>,
+    },
+    /// It has something to say.
+    Note(&'a str),
+    /// It ended, or was left as it is.
+    End(&'a Ended),
+}
+
 /// Watches a sweep. Called from several threads, one at a time.
 pub trait SweepObserver: Send {
-    /// A member begins.
-    fn begin(&mut self, member: usize, steps: usize);
-    /// It did a step.
-    fn step(&mut self, member: usize, step: usize, loss: f64);
-    /// It was evaluated.
-    fn eval(&mut self, member: usize, step: usize, metrics: &BTreeMap<String, f64>);
-    /// It has something to say.
-    fn note(&mut self, member: usize, text: &str);
-    /// It ended.
-    fn end(&mut self, member: usize, ended: &Ended);
+    /// Something happened to the member of this index.
+    fn event(&mut self, member: usize, event: Event<'_>);
 }
 
 /// The folder of a member.
@@ -116,7 +143,7 @@ pub fn run(
                             observer: &observer,
                         },
                     );
-                    locked(&observer).end(i, &result);
+                    locked(&observer).event(i, Event::End(&result));
                     *locked(&ended[i]) = result;
                 }
             });
@@ -190,18 +217,27 @@ struct Tap<'a> {
     observer: &'a Mutex<Box<dyn SweepObserver>>,
 }
 
+impl Tap<'_> {
+    fn tell(&self, event: Event<'_>) {
+        locked(self.observer).event(self.member, event);
+    }
+}
+
 impl Observer for Tap<'_> {
-    fn begin(&mut self, _: usize, steps: usize, _: &crate::facts::Facts) {
-        locked(self.observer).begin(self.member, steps);
+    fn begin(&mut self, step: usize, steps: usize, facts: &Facts) {
+        self.tell(Event::Begin { step, steps, facts });
     }
     fn step(&mut self, step: usize, outcome: &StepOutcome) {
-        locked(self.observer).step(self.member, step, outcome.cross_entropy);
+        let loss = outcome.cross_entropy;
+        self.tell(Event::Step { step, loss });
     }
-    fn log(&mut self, _: &LogLine) {}
+    fn log(&mut self, line: &LogLine) {
+        self.tell(Event::Log(line));
+    }
     fn eval(&mut self, step: usize, metrics: &BTreeMap<String, f64>) {
-        locked(self.observer).eval(self.member, step, metrics);
+        self.tell(Event::Eval { step, metrics });
     }
     fn note(&mut self, text: &str) {
-        locked(self.observer).note(self.member, text);
+        self.tell(Event::Note(text));
     }
 }

@@ -4,7 +4,7 @@ use marimba_dsl::run::Run;
 use marimba_dsl::{Source, Valid, parse_run, parse_sweep};
 use marimba_experiments::engine;
 use marimba_experiments::facts::Facts;
-use marimba_experiments::sweep::{self, Ended, SweepObserver};
+use marimba_experiments::sweep::{self, Ended, Event, SweepObserver};
 use marimba_experiments::train::{
     LogLine, Observer, Outcome, StepOutcome, TrainError, TrainRequest, Trainer, train,
 };
@@ -216,11 +216,7 @@ fn a_checkpoint_of_another_model_is_refused() {
 
 struct Silent;
 impl SweepObserver for Silent {
-    fn begin(&mut self, _: usize, _: usize) {}
-    fn step(&mut self, _: usize, _: usize, _: f64) {}
-    fn eval(&mut self, _: usize, _: usize, _: &BTreeMap<String, f64>) {}
-    fn note(&mut self, _: usize, _: &str) {}
-    fn end(&mut self, _: usize, _: &Ended) {}
+    fn event(&mut self, _: usize, _: Event<'_>) {}
 }
 
 /// One member cannot find its data; the others finish, and are not run a second time.

@@ -10,6 +10,7 @@ mod doctor;
 mod files;
 mod generate;
 mod hf;
+mod live;
 mod progress;
 mod show;
 mod sweep;

@@ -1,14 +1,12 @@
 //! `marimba sweep FILE`
 
-use super::{CliError, Sets, human, interactive};
+use super::{CliError, Sets, live};
 use crate::report;
-use crate::sweep::{self, Ended, Found, SweepObserver};
+use crate::sweep::{self, Ended, Found};
 use crate::{engine, interrupt};
 use clap::Args;
-use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 use marimba_dsl::sweep::Sweep;
 use marimba_dsl::{Source, parse_sweep};
-use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 /// Run all members of a sweep.
@@ -73,7 +71,7 @@ pub(super) fn run(args: &SweepArgs) -> Result<(), CliError> {
     }
     interrupt::install();
     let jobs = args.jobs.unwrap_or_else(engine::cores).max(1);
-    let ended = sweep::run(&sweep, &source.text, &out, jobs, display(&sweep));
+    let ended = sweep::run(&sweep, &source.text, &out, jobs, live::observer(&sweep));
 
     let failed = ended
         .iter()
@@ -137,132 +135,4 @@ fn conclude(sweep: &Sweep, out: &Path, json: bool) -> Result<(), CliError> {
         out.display()
     );
     Ok(())
-}
-
-fn display(sweep: &Sweep) -> Box<dyn SweepObserver> {
-    let names: Vec<String> = sweep.members.iter().map(|m| m.name.clone()).collect();
-    if interactive() {
-        Box::new(Bars::new(names))
-    } else {
-        Box::new(Lines { names })
-    }
-}
-
-/// Plain lines, for logs.
-struct Lines {
-    names: Vec<String>,
-}
-
-impl SweepObserver for Lines {
-    fn begin(&mut self, member: usize, steps: usize) {
-        eprintln!("{}: begins, {steps} steps", self.names[member]);
-    }
-    fn step(&mut self, _: usize, _: usize, _: f64) {}
-    fn eval(&mut self, member: usize, step: usize, metrics: &BTreeMap<String, f64>) {
-        eprintln!("{}: step {step}  {}", self.names[member], scores(metrics));
-    }
-    fn note(&mut self, member: usize, text: &str) {
-        eprintln!("{}: {text}", self.names[member]);
-    }
-    fn end(&mut self, member: usize, ended: &Ended) {
-        eprintln!("{}: {}", self.names[member], words(ended));
-    }
-}
-
-/// A bar for the sweep and one for each member that runs.
-struct Bars {
-    names: Vec<String>,
-    all: MultiProgress,
-    total: ProgressBar,
-    bars: HashMap<usize, (ProgressBar, f64)>,
-    scores: HashMap<usize, String>,
-}
-
-impl Bars {
-    fn new(names: Vec<String>) -> Self {
-        let all = MultiProgress::new();
-        let total = all.add(ProgressBar::new(names.len() as u64));
-        total.set_style(style("{bar:30} {pos}/{len} members  {elapsed}"));
-        total.enable_steady_tick(std::time::Duration::from_millis(500));
-        Bars {
-            names,
-            all,
-            total,
-            bars: HashMap::new(),
-            scores: HashMap::new(),
-        }
-    }
-}
-
-fn style(template: &str) -> ProgressStyle {
-    ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
-}
-
-impl SweepObserver for Bars {
-    fn begin(&mut self, member: usize, steps: usize) {
-        let bar = self.all.add(ProgressBar::new(steps as u64));
-        bar.set_style(style("  {prefix:32} {bar:20} {pos}/{len}  {msg}"));
-        bar.set_prefix(self.names[member].clone());
-        self.bars.insert(member, (bar, f64::NAN));
-    }
-    fn step(&mut self, member: usize, step: usize, loss: f64) {
-        if let Some((bar, mean)) = self.bars.get_mut(&member) {
-            *mean = if mean.is_finite() {
-                0.95 * *mean + 0.05 * loss
-            } else {
-                loss
-            };
-            bar.set_position(step as u64);
-            bar.set_message(format!(
-                "loss {mean:.3}  {}",
-                self.scores.get(&member).map_or("", String::as_str)
-            ));
-        }
-    }
-    fn eval(&mut self, member: usize, _: usize, metrics: &BTreeMap<String, f64>) {
-        self.scores.insert(member, scores(metrics));
-    }
-    fn note(&mut self, member: usize, text: &str) {
-        let _ = self
-            .all
-            .println(format!("  {}: {text}", self.names[member]));
-    }
-    fn end(&mut self, member: usize, ended: &Ended) {
-        if let Some((bar, _)) = self.bars.remove(&member) {
-            bar.finish_and_clear();
-        }
-        let _ = self
-            .all
-            .println(format!("  {:32} {}", self.names[member], words(ended)));
-        self.total.inc(1);
-    }
-}
-
-fn scores(metrics: &BTreeMap<String, f64>) -> String {
-    let shown = metrics.iter().filter(|(n, _)| !n.contains('/'));
-    shown
-        .map(|(n, v)| format!("{n} {v:.3}"))
-        .collect::<Vec<_>>()
-        .join("  ")
-}
-
-fn words(ended: &Ended) -> String {
-    match ended {
-        Ended::AlreadyDone => "was done before".into(),
-        Ended::Finished(s) => {
-            let metrics: BTreeMap<String, f64> = s
-                .final_metrics
-                .iter()
-                .filter_map(|(n, v)| n.strip_prefix("eval/").map(|n| (n.to_string(), *v)))
-                .collect();
-            format!(
-                "done  {}  {} tokens/s",
-                scores(&metrics),
-                human(s.tokens_per_sec)
-            )
-        }
-        Ended::Interrupted => "stopped, checkpoint written".into(),
-        Ended::Failed(why) => format!("failed: {why}"),
-        Ended::NotBegun => "not begun".into(),
-    }
 }
