@@ -1,6 +1,8 @@
-//! Launches of attention: tiles of 32 queries or keys in f32, no atomics.
+//! Launches of attention: in f32 tiles of 32 queries or keys; in bf16 on sm_90 products of warpgroups over tiles that the copy engine
+//! brings. Equal runs give equal bits, but for dq of the latter where the target leaves the order of sums open: then one kernel computes
+//! all gradients and adds its shares of dq in memory.
 
-use crate::record::{Args, DType, Param, Recorder, define, int, long};
+use crate::record::{Args, DType, Param, Recorder, Tensor, View, define, int, long};
 
 /// Rows of a block's own tile.
 const ROWS: usize = 32;
@@ -29,9 +31,156 @@ fn window_param(window: Option<usize>) -> Param {
     int(window.unwrap_or(i32::MAX as usize))
 }
 
+/// Rows of the tiles of the tensor-core kernels.
+const TILE: usize = 128;
+
+/// Fewest queries for which the tensor-core kernel is taken: below, most of its rows would be empty.
+const FEW: usize = 16;
+
+/// Bytes of keys and values, or of queries and gradients, that blocks running at the same time may share through the cache.
+const CACHED: usize = 24 << 20;
+
+/// How many of `all` things of `bytes` each are worked on at the same time.
+fn together(bytes: usize, all: usize) -> usize {
+    (CACHED / bytes.max(1)).clamp(1, all.max(1))
+}
+
+/// Whether the tensor-core kernels serve these tensors.
+fn tensor_cores(r: &Recorder, tensors: &[&Tensor], scale: f32, widest: usize) -> bool {
+    let p = tensors[0].size(3);
+    let target = r.target();
+    target.hopper
+        && target.multiprocessors > 0
+        && p.is_multiple_of(8)
+        && p <= widest
+        && scale > 0.0
+        && tensors[0].size(1) >= FEW
+        && tensors
+            .iter()
+            .all(|t| t.dtype == DType::Bf16 && t.ptr.is_multiple_of(16))
+}
+
+/// `[B T H P]` for the copy engine, in boxes of `rows` tokens of one head.
+fn view(t: &Tensor, rows: usize) -> Param {
+    let (b, len, h, p) = (t.size(0), t.size(1), t.size(2), t.size(3));
+    Param::View(View {
+        ptr: t.ptr,
+        dims: vec![p, len, h, b],
+        strides: vec![h * p * 2, p * 2, len * h * p * 2],
+        sizes: vec![64, rows, 1, 1],
+    })
+}
+
+fn launch_tensor(
+    r: &mut Recorder,
+    p: usize,
+    name: &'static str,
+    (blocks, threads, shared): (usize, usize, usize),
+    params: Vec<Param>,
+) {
+    let defines = vec![define("P", p), define("TENSOR", 1)];
+    let stem = ("attention", name);
+    r.launch_shared(stem, defines, [blocks, 1, 1], threads, shared, params);
+}
+
+/// Room for barriers, and for moving the start of shared memory to a multiple of 1024.
+const SLACK: usize = 1024 + 256;
+
+fn forward_tensor(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>) {
+    let (q, k, v) = (a.arg(0), a.arg(1), a.arg(2));
+    let (b, t, h, p) = (q.size(0), q.size(1), q.size(2), q.size(3));
+    let (s, g) = (k.size(1), k.size(2));
+    let wide = p.div_ceil(64);
+    let walked = if wide > 2 { 64 } else { TILE };
+    let mut params = vec![view(q, TILE), view(k, walked), view(v, walked)];
+    params.extend([3, 4].map(|i| a.arg(i).into()));
+    params.extend([a.res(0).into(), a.res(1).into()]);
+    params.extend([int(b), int(t), int(h), int(g), Param::Float(scale)]);
+    params.push(window_param(window));
+    params.push(int(together(s * p * 4, b * g) * (h / g)));
+    let shared = wide * 128 * (TILE + 4 * walked) + SLACK;
+    let blocks = (t.div_ceil(TILE) * b * h).min(r.target().multiprocessors);
+    launch_tensor(r, p, "attn_fwd_tc", (blocks, 384, shared), params);
+}
+
+fn backward_tensor(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>) {
+    let (q, k, v, dout) = (a.arg(0), a.arg(1), a.arg(2), a.arg(6));
+    let (b, t, h, p) = (q.size(0), q.size(1), q.size(2), q.size(3));
+    let g = k.size(2);
+    let rows = b * t * h;
+    let delta = r.scratch(DType::F32, rows);
+    let lanes = match p {
+        0..=32 => 4,
+        33..=64 => 8,
+        _ => 16,
+    };
+    let params = vec![
+        a.arg(4).into(),
+        dout.into(),
+        (&delta).into(),
+        long(rows),
+        int(t),
+        int(h),
+    ];
+    let blocks = (rows * lanes).div_ceil(256);
+    launch_tensor(r, p, "attn_delta_tc", (blocks, 256, 0), params);
+    let inputs: [Param; 3] = [a.arg(3).into(), a.arg(5).into(), (&delta).into()];
+    let sizes = [
+        int(b),
+        int(t),
+        int(h),
+        int(g),
+        Param::Float(scale),
+        window_param(window),
+    ];
+    let tile = p.div_ceil(64) * 128 * TILE;
+    let tiles = t.div_ceil(TILE);
+    let summed = !r.target().deterministic && p > 64;
+    let mut sums = Tensor::ABSENT;
+    if summed {
+        sums = r.scratch(DType::F32, rows * p);
+        r.zero(&sums);
+    } else {
+        let mut params: Vec<Param> = [q, k, v, dout].map(|x| view(x, TILE)).to_vec();
+        params.extend(inputs.clone());
+        params.push(a.res(0).into());
+        params.extend(sizes.clone());
+        params.push(int(together(t * p * 4, b * g) * (h / g)));
+        let blocks = tiles * b * h;
+        launch_tensor(r, p, "attn_dq_tc", (blocks, 384, 6 * tile + SLACK), params);
+    }
+    let mut params: Vec<Param> = [(q, 64), (k, TILE), (v, TILE), (dout, 64)]
+        .map(|(x, n)| view(x, n))
+        .to_vec();
+    params.extend(inputs);
+    params.extend([a.res(1).into(), a.res(2).into(), (&sums).into()]);
+    params.extend(sizes);
+    params.push(int(together(t * p * 4 * (h / g), b * g)));
+    let blocks = tiles * b * g;
+    let mut shared = 5 * tile + 3 * 1024 + SLACK;
+    if !summed {
+        return launch_tensor(r, p, "attn_dkv_tc", (blocks, 384, shared), params);
+    }
+    shared += 1024 + 2 * 128 * TILE;
+    let defines = || vec![define("P", p), define("TENSOR", 1), define("SUMS", 1)];
+    let stem = ("attention", "attn_dkv_tc");
+    r.launch_shared(stem, defines(), [blocks, 1, 1], 384, shared, params);
+    let params = vec![
+        (&sums).into(),
+        a.res(0).into(),
+        long(rows * p),
+        Param::Float(scale),
+    ];
+    let grid = [(rows * p / 8).div_ceil(256).min(1 << 20), 1, 1];
+    r.launch(("attention", "attn_scale_tc"), defines(), grid, 256, params);
+}
+
 /// `out`, `lse` of `q, k, v, pos?, slot?`.
 pub fn attention(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>) {
     let (q, k) = (a.arg(0), a.arg(1));
+    if tensor_cores(r, &[q, k, a.arg(2), a.res(0)], scale, 256) {
+        return forward_tensor(r, a, scale, window);
+    }
     let mut params: Vec<Param> = (0..5).map(|i| a.arg(i).into()).collect();
     params.extend([
         a.res(0).into(),
@@ -50,6 +199,11 @@ pub fn attention(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>) 
 /// `dq, dk, dv` of `q, k, v, pos?, out, lse, dout`.
 pub fn attention_bwd(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>) {
     let (q, k) = (a.arg(0), a.arg(1));
+    let tensors = [0, 1, 2, 4, 6].map(|i| a.arg(i));
+    let results = [0, 1, 2].map(|i| a.res(i));
+    if tensor_cores(r, &[&tensors[..], &results].concat(), scale, 128) {
+        return backward_tensor(r, a, scale, window);
+    }
     let (b, t, h, g) = (q.size(0), q.size(1), q.size(2), k.size(2));
     let rows = b * t * h;
     let delta = r.scratch(DType::F32, rows);

@@ -9,7 +9,7 @@ use std::ffi::CString;
 use std::path::PathBuf;
 
 /// What every source begins with.
-const HEAD: &str = include_str!("common.cuh");
+const HEAD: &str = concat!(include_str!("common.cuh"), include_str!("hopper.cuh"));
 
 /// What can go wrong between a launcher and the device.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -246,8 +246,14 @@ mod tests {
         let all = |arch: &str, types: &str| {
             let compiler = Compiler::new(arch).unwrap().without_cache();
             for &stem in STEMS {
-                let image = compiler.cubin(&module(stem, source(stem), types));
+                let mut module = module(stem, source(stem), types);
+                let image = compiler.cubin(&module);
                 assert!(image.unwrap().starts_with(b"\x7fELF"), "{stem} {arch}");
+                if source(stem).contains("defined(TENSOR)") && arch == "sm_90a" {
+                    module.defines.push(("TENSOR".into(), "1".into()));
+                    let image = compiler.cubin(&module);
+                    assert!(image.unwrap().starts_with(b"\x7fELF"), "{stem} {arch}");
+                }
             }
         };
         std::thread::scope(|s| {

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)] // calls into the driver and cuBLASLt
 
 use crate::compile::{Compiler, KernelError, probe};
-use crate::record::{Command, DType, Launch, Module, Param, Product};
+use crate::record::{Command, DType, Launch, Module, Param, Product, Target, View};
 use cudarc::cublaslt::{result as lt, sys as ltsys};
 use cudarc::driver::{result as cu, sys};
 use std::collections::HashMap;
@@ -22,6 +22,7 @@ pub struct Device {
     compiler: Compiler,
     modules: HashMap<Module, sys::CUmodule>,
     name: String,
+    target: Target,
 }
 
 // SAFETY: a Device is used from one thread at a time (methods that touch the stream make the context current first), and the driver's
@@ -92,6 +93,43 @@ pub(crate) fn arch(major: i32, minor: i32) -> String {
     }
 }
 
+/// The driver's form of a view.
+fn encode(v: &View) -> Result<[u64; 16], KernelError> {
+    use sys::{
+        CUtensorMapDataType_enum as Type, CUtensorMapFloatOOBfill_enum as Outside,
+        CUtensorMapInterleave_enum as Interleave, CUtensorMapL2promotion_enum as Promotion,
+        CUtensorMapSwizzle_enum as Swizzle,
+    };
+    // The driver writes to a multiple of 64 bytes.
+    #[repr(align(64))]
+    struct Map(sys::CUtensorMap);
+    let mut map = Map(sys::CUtensorMap { opaque: [0; 16] });
+    let dims: Vec<u64> = v.dims.iter().map(|&x| x as u64).collect();
+    let strides: Vec<u64> = v.strides.iter().map(|&x| x as u64).collect();
+    let sizes: Vec<u32> = v.sizes.iter().map(|&x| x as u32).collect();
+    let steps = vec![1u32; dims.len()];
+    // SAFETY: as many sizes as dims, and one stride less; the driver checks the values.
+    unsafe {
+        sys::cuTensorMapEncodeTiled(
+            &mut map.0,
+            Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            dims.len() as u32,
+            v.ptr as *mut c_void,
+            dims.as_ptr(),
+            strides.as_ptr(),
+            sizes.as_ptr(),
+            steps.as_ptr(),
+            Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+            Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            Outside::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        )
+    }
+    .result()
+    .map_err(driver(&format!("describing {v:?} to the copy engine")))?;
+    Ok(map.0.opaque)
+}
+
 impl Device {
     /// Opens device `ordinal`.
     ///
@@ -109,6 +147,8 @@ impl Device {
             };
             let major = of(Attr::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
             let minor = of(Attr::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+            let count = of(Attr::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+            let multiprocessors = usize::try_from(count).unwrap_or(0);
             let compiler = Compiler::new(&arch(major, minor))?;
             let name = cu::device::get_name(dev).map_err(driver("asking for the name"))?;
             let ctx = cu::primary_ctx::retain(dev).map_err(driver("making a context"))?;
@@ -127,6 +167,11 @@ impl Device {
                 compiler,
                 modules: HashMap::new(),
                 name,
+                target: Target {
+                    hopper: (major, minor) == (9, 0),
+                    multiprocessors,
+                    deterministic: false,
+                },
             })
         }
     }
@@ -134,6 +179,11 @@ impl Device {
     /// What the driver calls it.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// What launchers may count on here; the order of sums is left open.
+    pub fn target(&self) -> Target {
+        self.target
     }
 
     fn enter(&self) -> Result<(), KernelError> {
@@ -326,6 +376,7 @@ impl Device {
                 Param::Float(x) => words.push(u64::from(x.to_bits())),
                 Param::Double(x) => words.push(x.to_bits()),
                 Param::Words(w) => words.extend(w),
+                Param::View(v) => words.extend(encode(v)?),
             }
         }
         Ok(Step::Kernel {

@@ -47,7 +47,9 @@ pub use moe::{
     grouped_linear_dx,
 };
 pub use pointwise::{Bin, Broadcast, Instr, Program, Un, pointwise};
-pub use record::{Args, Command, DType, Launch, Module, Param, Product, Recorder, Tensor};
+pub use record::{
+    Args, Command, DType, Launch, Module, Param, Product, Recorder, Target, Tensor, View,
+};
 pub use reduce::{accumulate, mean_square, sum_to};
 pub use rms_norm::{RmsNorm, rms_norm, rms_norm_bwd};
 pub use rope::rope;

@@ -1,11 +1,21 @@
-//! Launches of head and loss: block by block over rows; the logits of a block are f32.
+//! Launches of head and loss: block by block over rows. The logits of a block are of the products' type, and its gradient takes their place.
 
 use crate::linear::{flipped, plain, product};
-use crate::record::{Args, DType, Param, Recorder, Tensor, flag, int};
+use crate::record::{Args, DType, Param, Recorder, Tensor, define, flag, int};
 use crate::reduce::scale_into;
 
-/// Bytes of the logits of a block.
-const BLOCK_BYTES: usize = 512 << 20;
+/// Bytes of the logits of a block: blocks of 4096 rows of 128k words in bf16. Each block adds to the gradient of the head in memory, so few
+/// large blocks are faster.
+const BLOCK_BYTES: usize = 1 << 30;
+
+/// Most rows of a block.
+const ROWS: usize = 16384;
+
+/// Threads of a block that walks a row of logits, and of one that walks it twice.
+const WALKERS: [usize; 2] = [512, 1024];
+
+/// Shared memory that leaves room for one block on a multiprocessor of sm_90 only: the rows in work then fit the cache.
+const ALONE: usize = 120 << 10;
 
 /// Attributes of the loss.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -39,20 +49,39 @@ struct Walk<'a> {
     /// nll, lse, hit; written when `forward`.
     rows: [&'a Tensor; 3],
     forward: bool,
-    /// dx and dw, whose memory holds what is added to.
+    /// dx and dw.
     grads: Option<(&'a Tensor, &'a Tensor)>,
+    /// Whether dw's memory holds nothing that is to be added to.
+    fresh: bool,
     types: Vec<(String, String)>,
 }
 
 impl Walk<'_> {
     fn run(&self, r: &mut Recorder, op: &CrossEntropy) {
         let (n, v, d) = (self.x.rows(), self.w.size(0), self.w.size(1));
-        let most = (BLOCK_BYTES / (4 * v.max(1))).clamp(1, n.max(1)).min(4096);
-        let logits = r.scratch(DType::F32, most * v);
+        // Half precision has too little range for logits.
+        let held = match self.x.dtype {
+            DType::Bf16 => DType::Bf16,
+            _ => DType::F32,
+        };
+        // Whole tiles of the products where there are many.
+        let fit = match BLOCK_BYTES / (held.bytes() * v.max(1)) {
+            few @ 0..256 => few,
+            many => many / 256 * 256,
+        };
+        let most = fit.min(ROWS).clamp(1, n.max(1));
+        let logits = r.scratch(held, most * v);
         let grad = match self.grads {
+            Some(_) if held == self.x.dtype => logits.clone(),
             Some(_) => r.scratch(self.x.dtype, most * v),
             None => Tensor::ABSENT,
         };
+        let mut types = self.types.clone();
+        if held == DType::Bf16 {
+            types.push(define("TL", "bf16"));
+        }
+        // Rows of whole words of 16 bytes, each thread's 8 neighbours in one or two of them.
+        let whole = flag(v.is_multiple_of(8));
         // Operands of other types are widened once, not once a block.
         let wide = match self.w.dtype == self.x.dtype {
             true => self.w.clone(),
@@ -79,46 +108,53 @@ impl Walk<'_> {
                 op.multiplier,
                 0.0,
             );
-            if self.forward {
-                r.launch(
-                    ("linear_cross_entropy", "ce_rows"),
-                    self.types.clone(),
-                    [m, 1, 1],
-                    512,
-                    vec![
-                        (&block).into(),
-                        (&targets).into(),
-                        (&nll).into(),
-                        (&lse).into(),
-                        (&hit).into(),
-                        int(v),
-                    ],
-                );
-            }
+            let rows = [&nll, &lse, &hit].map(Param::from);
+            let factors: [Param; 2] = [self.scale.into(), self.dloss.into()];
+            let attributes = [
+                int(v),
+                Param::Float(op.multiplier),
+                Param::Float(op.z_loss),
+                flag(op.z_all),
+                whole.clone(),
+            ];
+            let mut params: Vec<Param> = vec![(&block).into(), (&targets).into()];
+            let (name, walkers) = match (self.forward, self.grads) {
+                (true, None) => {
+                    params.extend(rows);
+                    params.extend([int(v), whole.clone()]);
+                    ("ce_rows", WALKERS[0])
+                }
+                (true, Some(_)) => {
+                    params.extend(rows);
+                    params.extend(factors);
+                    params.push((&grad).into());
+                    params.extend(attributes);
+                    ("ce_both", WALKERS[1])
+                }
+                (false, _) => {
+                    params.push((&lse).into());
+                    params.extend(factors);
+                    params.push((&grad).into());
+                    params.extend(attributes);
+                    ("ce_grad", WALKERS[0])
+                }
+            };
+            let shared = match name == "ce_both" && r.target().hopper {
+                true => ALONE,
+                false => 0,
+            };
+            let stem = ("linear_cross_entropy", name);
+            r.launch_shared(stem, types.clone(), [m, 1, 1], walkers, shared, params);
             if let Some((dx, dw)) = self.grads {
-                r.launch(
-                    ("linear_cross_entropy", "ce_grad"),
-                    self.types.clone(),
-                    [m, 1, 1],
-                    512,
-                    vec![
-                        (&block).into(),
-                        (&targets).into(),
-                        (&lse).into(),
-                        self.scale.into(),
-                        self.dloss.into(),
-                        (&grad).into(),
-                        int(v),
-                        Param::Float(op.multiplier),
-                        Param::Float(op.z_loss),
-                        flag(op.z_all),
-                    ],
-                );
                 let mut g = grad.clone();
                 g.dims = vec![m, v];
                 let dx = part(dx, from, m, d);
                 product(r, plain(&g), plain(&wide), &dx, (m, d, v), 1.0, 0.0);
-                product(r, flipped(&g), plain(&x), dw, (v, d, m), 1.0, 1.0);
+                let add = match from == 0 && self.fresh {
+                    true => 0.0,
+                    false => 1.0,
+                };
+                product(r, flipped(&g), plain(&x), dw, (v, d, m), 1.0, add);
             }
         }
     }
@@ -161,6 +197,7 @@ pub fn linear_cross_entropy(r: &mut Recorder, a: &Args, op: &CrossEntropy) {
         rows: [a.res(1), a.res(2), a.res(3)],
         forward: true,
         grads: None,
+        fresh: true,
         types: kernel_types(a),
     }
     .run(r, op);
@@ -170,7 +207,9 @@ pub fn linear_cross_entropy(r: &mut Recorder, a: &Args, op: &CrossEntropy) {
 /// `dx`, `dw` of `x, w, targets, scale, lse, dloss`.
 pub fn linear_cross_entropy_bwd(r: &mut Recorder, a: &Args, op: &CrossEntropy) {
     let dw = a.res(1);
-    r.zero(dw);
+    if a.arg(0).is_empty() {
+        r.zero(dw);
+    }
     Walk {
         x: a.arg(0),
         w: a.arg(1),
@@ -180,6 +219,7 @@ pub fn linear_cross_entropy_bwd(r: &mut Recorder, a: &Args, op: &CrossEntropy) {
         rows: [&Tensor::ABSENT, a.arg(4), &Tensor::ABSENT],
         forward: false,
         grads: Some((a.res(0), dw)),
+        fresh: true,
         types: kernel_types(a),
     }
     .run(r, op);
@@ -190,7 +230,7 @@ pub fn linear_cross_entropy_grad(r: &mut Recorder, a: &Args, op: &CrossEntropy) 
     let (beta, dw) = (a.arg(6), a.res(5));
     if beta.is_present() {
         scale_into(r, dw, beta);
-    } else {
+    } else if a.arg(0).is_empty() {
         r.zero(dw);
     }
     Walk {
@@ -202,8 +242,73 @@ pub fn linear_cross_entropy_grad(r: &mut Recorder, a: &Args, op: &CrossEntropy) 
         rows: [a.res(1), a.res(2), a.res(3)],
         forward: true,
         grads: Some((a.res(4), dw)),
+        fresh: !beta.is_present(),
         types: kernel_types(a),
     }
     .run(r, op);
     loss(r, a, op);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::Command;
+
+    fn tensor(ptr: u64, dtype: DType, dims: &[usize]) -> Tensor {
+        Tensor {
+            ptr,
+            dtype,
+            dims: dims.to_vec(),
+        }
+    }
+
+    /// Blocks cover all rows, and only the first block may leave out what the gradient of the head held.
+    #[test]
+    fn blocks_cover_all_rows_and_add_up() {
+        let (n, d, v) = (10_000, 64, 128_256);
+        for accumulate in [false, true] {
+            let mut args: Vec<Option<Tensor>> = vec![
+                Some(tensor(1 << 40, DType::Bf16, &[n, d])),
+                Some(tensor(2 << 40, DType::Bf16, &[v, d])),
+                Some(tensor(3 << 40, DType::I32, &[n])),
+                Some(tensor(4 << 40, DType::F32, &[1])),
+                Some(tensor(5 << 40, DType::F32, &[1])),
+            ];
+            if accumulate {
+                args.push(Some(tensor(11 << 40, DType::F32, &[v, d])));
+                args.push(Some(tensor(12 << 40, DType::F32, &[1])));
+            }
+            let mut results = vec![tensor(6 << 40, DType::F32, &[1])];
+            results.extend((7..10).map(|i| tensor(i << 40, DType::F32, &[n])));
+            results.push(tensor(10 << 40, DType::Bf16, &[n, d]));
+            results.push(tensor(11 << 40, DType::F32, &[v, d]));
+            let mut r = Recorder::new(256);
+            let a = Args {
+                args: &args,
+                results: &results,
+            };
+            let op = CrossEntropy {
+                multiplier: 1.0,
+                z_loss: 0.0,
+                z_all: false,
+            };
+            linear_cross_entropy_grad(&mut r, &a, &op);
+            assert!(r.scratch_bytes() <= BLOCK_BYTES);
+            let to_head: Vec<(usize, f32)> = r
+                .commands
+                .iter()
+                .filter_map(|c| match c {
+                    Command::Product(p) if p.c == 11 << 40 => Some((p.sizes.2, p.beta)),
+                    _ => None,
+                })
+                .collect();
+            let rows: usize = to_head.iter().map(|(rows, _)| rows).sum();
+            assert_eq!(rows, n);
+            assert!(to_head.len() > 1);
+            let first = if accumulate { 1.0 } else { 0.0 };
+            for (i, (_, beta)) in to_head.iter().enumerate() {
+                assert_eq!(*beta, if i == 0 { first } else { 1.0 });
+            }
+        }
+    }
 }

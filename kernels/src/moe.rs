@@ -1,14 +1,36 @@
-//! Launches of expert layers. Offsets stay on the device: a grid covers the most tiles there can be, and each block finds its expert.
+//! Launches of expert layers. Offsets stay on the device: in f32 a grid covers the most tiles there can be, and each block finds its expert;
+//! in bf16 on sm_90 blocks that stay make up the list of tiles from the offsets and work through it with products of warpgroups.
 
-use crate::record::{Args, DType, Recorder, THREADS, int, long, over};
+use crate::record::{Args, DType, Param, Recorder, THREADS, Tensor, View, define, int, long, over};
 
 /// Side of a tile of a product.
 const TILE: usize = 64;
+
+/// Choices that a block sorts.
+const CHUNK: usize = 256;
+
+/// Most experts whose counts fit a block's shared memory when sorting, and its list of tiles when multiplying.
+const COUNTED: usize = 1024;
+
+/// Whether all are bf16 in rows of whole 16 bytes.
+fn in_16_bytes(tensors: &[&Tensor]) -> bool {
+    tensors
+        .iter()
+        .all(|t| t.dtype == DType::Bf16 && t.last().is_multiple_of(8) && t.ptr.is_multiple_of(16))
+}
+
+/// Threads of a block that walks a row in steps of 8 elements.
+fn walkers(width: usize) -> usize {
+    (width / 8).next_multiple_of(32).clamp(32, 512)
+}
 
 /// `order, slot, offsets` of `experts`.
 pub fn dispatch(r: &mut Recorder, a: &Args, experts: usize) {
     let (choices, offsets) = (a.arg(0), a.res(2));
     let n = choices.len();
+    if experts <= COUNTED && n > CHUNK {
+        return dispatch_chunks(r, a, experts);
+    }
     let counts = r.scratch(DType::I32, experts);
     r.launch(
         ("moe", "expert_count"),
@@ -39,10 +61,60 @@ pub fn dispatch(r: &mut Recorder, a: &Args, experts: usize) {
     );
 }
 
+fn dispatch_chunks(r: &mut Recorder, a: &Args, experts: usize) {
+    let (choices, offsets) = (a.arg(0), a.res(2));
+    let n = choices.len();
+    let chunks = n.div_ceil(CHUNK);
+    let tally = r.scratch(DType::I32, chunks * experts);
+    let mut step = |name, blocks, threads, copies: usize, params| {
+        let shared = 4 * copies * experts;
+        r.launch_shared(
+            ("moe", name),
+            Vec::new(),
+            [blocks, 1, 1],
+            threads,
+            shared,
+            params,
+        );
+    };
+    step(
+        "expert_tally",
+        chunks,
+        CHUNK,
+        1,
+        vec![choices.into(), (&tally).into(), int(n), int(experts)],
+    );
+    let params = vec![(&tally).into(), offsets.into(), int(chunks), int(experts)];
+    step("expert_bases", 1, experts.next_multiple_of(32), 1, params);
+    step(
+        "expert_sort",
+        chunks,
+        CHUNK,
+        8,
+        vec![
+            choices.into(),
+            (&tally).into(),
+            offsets.into(),
+            a.res(0).into(),
+            a.res(1).into(),
+            int(n),
+            int(experts),
+        ],
+    );
+}
+
 /// `y` of `x, order, slot`.
 pub fn gather_rows(r: &mut Recorder, a: &Args) {
     let (x, y) = (a.arg(0), a.res(0));
     let k = y.rows() / x.rows().max(1);
+    let row = y.last() * y.dtype.bytes();
+    if x.dtype == y.dtype && row.is_multiple_of(16) && (x.ptr | y.ptr).is_multiple_of(16) {
+        let params = vec![x.into(), a.arg(1).into(), y.into(), int(row / 16), int(k)];
+        let threads = (row / 16).next_multiple_of(32).clamp(32, 512);
+        let grid = [y.rows(), 1, 1];
+        r.launch(("moe", "gather_rows_16"), Vec::new(), grid, threads, params);
+        return;
+    }
     r.launch(
         ("moe", "gather_rows"),
         a.types(),
@@ -63,6 +135,23 @@ pub fn gather_rows(r: &mut Recorder, a: &Args) {
 pub fn combine(r: &mut Recorder, a: &Args) {
     let (y, x) = (a.arg(0), a.res(0));
     let k = y.rows() / x.rows().max(1);
+    if in_16_bytes(&[y, x]) && a.arg(3).dtype == DType::F32 {
+        r.launch(
+            ("moe", "combine_16"),
+            Vec::new(),
+            [x.rows(), 1, 1],
+            walkers(x.last()),
+            vec![
+                y.into(),
+                a.arg(2).into(),
+                a.arg(3).into(),
+                x.into(),
+                int(x.last()),
+                int(k),
+            ],
+        );
+        return;
+    }
     r.launch(
         ("moe", "combine"),
         a.types(),
@@ -84,11 +173,16 @@ pub fn combine(r: &mut Recorder, a: &Args) {
 pub fn combine_bwd(r: &mut Recorder, a: &Args) {
     let (y, dx) = (a.arg(0), a.arg(4));
     let k = y.rows() / dx.rows().max(1);
+    let singles = [a.arg(3), a.res(1)].iter().all(|t| t.dtype == DType::F32);
+    let (name, types, threads) = match in_16_bytes(&[y, dx, a.res(0)]) && singles {
+        true => ("combine_bwd_16", Vec::new(), walkers(y.last())),
+        false => ("combine_bwd", a.types(), 128),
+    };
     r.launch(
-        ("moe", "combine_bwd"),
-        a.types(),
+        ("moe", name),
+        types,
         [y.rows(), 1, 1],
-        128,
+        threads,
         vec![
             y.into(),
             a.arg(1).into(),
@@ -102,9 +196,47 @@ pub fn combine_bwd(r: &mut Recorder, a: &Args) {
     );
 }
 
+/// A stack of row-major matrices `[E R C]` for the copy engine.
+fn view(t: &Tensor, (e, rows, columns): (usize, usize, usize), tall: usize) -> Param {
+    Param::View(View {
+        ptr: t.ptr,
+        dims: vec![columns, rows, e],
+        strides: vec![columns * 2, rows * columns * 2],
+        sizes: vec![64, tall, 1],
+    })
+}
+
+/// Whether the tensor-core kernels serve these bf16 operands and this many experts.
+fn tensor_cores(r: &Recorder, operands: &[&Tensor], experts: usize) -> bool {
+    let target = r.target();
+    target.hopper
+        && target.multiprocessors > 0
+        && experts <= COUNTED
+        && operands.iter().all(|t| !t.is_empty())
+        && in_16_bytes(operands)
+}
+
+fn launch_tensor(r: &mut Recorder, name: &'static str, experts: usize, params: Vec<Param>) {
+    let shared = 4 * (128 + 256) * 128 + 1024 + 128 + 8 * (experts + 1);
+    let blocks = r.target().multiprocessors;
+    let defines = vec![define("TENSOR", 1)];
+    r.launch_shared(("moe", name), defines, [blocks, 1, 1], 384, shared, params);
+}
+
 fn by_rows(r: &mut Recorder, a: &Args, name: &'static str, columns: usize) {
     let w = a.arg(1);
     let (e, n, k) = (w.size(0), w.size(1), w.size(2));
+    if tensor_cores(r, &[a.arg(0), w, a.res(0)], e) {
+        let x = a.arg(0);
+        let rows = view(x, (1, x.rows(), x.last()), 128);
+        let (name, tall) = match name {
+            "grouped_linear" => ("grouped_linear_tc", 256),
+            _ => ("grouped_linear_dx_tc", 64),
+        };
+        let mut params = vec![rows, view(w, (e, n, k), tall)];
+        params.extend([a.arg(2).into(), a.res(0).into(), int(e), int(n), int(k)]);
+        return launch_tensor(r, name, e, params);
+    }
     let tiles = a.arg(0).rows().div_ceil(TILE) + e;
     r.launch(
         ("moe", name),
@@ -137,6 +269,15 @@ pub fn grouped_linear_dx(r: &mut Recorder, a: &Args) {
 pub fn grouped_linear_dw(r: &mut Recorder, a: &Args) {
     let dw = a.res(0);
     let (e, n, k) = (dw.size(0), dw.size(1), dw.size(2));
+    let (x, dy) = (a.arg(0), a.arg(1));
+    if tensor_cores(r, &[x, dy], e) && dw.ptr.is_multiple_of(8) {
+        let mut params = [x, dy]
+            .map(|t| view(t, (1, t.rows(), t.last()), 64))
+            .to_vec();
+        params.extend([2, 4].map(|i| a.arg(i).into()));
+        params.extend([dw.into(), int(e), int(n), int(k)]);
+        return launch_tensor(r, "grouped_linear_dw_tc", e, params);
+    }
     r.launch(
         ("moe", "grouped_linear_dw"),
         a.types(),

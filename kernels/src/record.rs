@@ -157,6 +157,33 @@ pub enum Param {
     Double(f64),
     /// A struct by value, in words of 8 bytes.
     Words(Vec<u64>),
+    /// A view for the bulk copy engine, by value.
+    View(View),
+}
+
+/// A view of a bf16 tensor for the bulk copy engine (sm_90): the engine copies boxes of it to shared memory, where it swizzles rows of 128
+/// bytes; what lies outside the tensor arrives as zeros.
+#[derive(Clone, Debug, PartialEq)]
+pub struct View {
+    /// First byte, at a multiple of 16.
+    pub ptr: u64,
+    /// Sizes, innermost first; at most 5.
+    pub dims: Vec<usize>,
+    /// Distances in bytes of all but the innermost dimension, multiples of 16.
+    pub strides: Vec<usize>,
+    /// Sizes of a box; the innermost is 64 elements.
+    pub sizes: Vec<usize>,
+}
+
+/// What launchers may count on besides what every GPU from sm_80 on has.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Target {
+    /// Instructions of sm_90a.
+    pub hopper: bool,
+    /// Number of multiprocessors, for kernels whose blocks stay; 0: unknown, such kernels are not used.
+    pub multiprocessors: usize,
+    /// Whether equal runs must give equal bits: then no kernel adds in an order that the device chooses, where there is another.
+    pub deterministic: bool,
 }
 
 impl From<&Tensor> for Param {
@@ -238,6 +265,7 @@ const ALIGN: usize = 256;
 pub struct Recorder {
     /// What was recorded.
     pub commands: Vec<Command>,
+    target: Target,
     base: u64,
     used: usize,
     peak: usize,
@@ -250,6 +278,18 @@ impl Recorder {
             base,
             ..Recorder::default()
         }
+    }
+
+    /// Records for a device: launchers choose kernels by what it can do.
+    #[must_use]
+    pub fn on(mut self, target: Target) -> Self {
+        self.target = target;
+        self
+    }
+
+    /// What is recorded for.
+    pub(crate) fn target(&self) -> Target {
+        self.target
     }
 
     /// Starts the next op: the scratch area is free again.

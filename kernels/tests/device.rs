@@ -26,17 +26,30 @@ fn with_device(test: impl Fn(&Gpu)) {
         }
     }
     let device = guard.as_mut().unwrap();
-    for dtype in [DType::F32, DType::Bf16] {
-        test(&Gpu {
-            device: RefCell::new(device),
-            dtype,
-        });
+    // With the kernels for this device, those of them that add in a fixed order, and those for any device.
+    let here = device.target();
+    let fixed = Target {
+        deterministic: true,
+        ..here
+    };
+    for target in [here, fixed, Target::default()] {
+        for dtype in [DType::F32, DType::Bf16] {
+            if dtype == DType::F32 && target != here {
+                continue;
+            }
+            test(&Gpu {
+                device: RefCell::new(device),
+                dtype,
+                target,
+            });
+        }
     }
 }
 
 struct Gpu<'a> {
     device: RefCell<&'a mut Device>,
     dtype: DType,
+    target: Target,
 }
 
 /// An argument: floats in the type under test, floats that are always f32, or integers.
@@ -164,10 +177,10 @@ impl Gpu<'_> {
             args: &args,
             results: &results,
         };
-        let mut sizing = Recorder::new(256);
+        let mut sizing = Recorder::new(256).on(self.target);
         launch(&mut sizing, &a);
         let scratch = new(device, DType::F32, &[sizing.scratch_bytes() / 4], None);
-        let mut r = Recorder::new(scratch.ptr);
+        let mut r = Recorder::new(scratch.ptr).on(self.target);
         launch(&mut r, &a);
         let prepared = device.prepare(&r.commands, |_| {}).unwrap();
         unsafe { device.run(&prepared, 0..r.commands.len()).unwrap() };
@@ -745,6 +758,7 @@ fn attention_ops() {
             (9, 5, None, false),
             (45, 4, Some(7), true),
             (5, 200, None, true),
+            (40, 8, Some(7), true),
         ] {
             let (b, h, gr) = (1, 4, 2);
             let pos = if packed { positions(b, t) } else { No };
@@ -817,14 +831,166 @@ fn attention_ops() {
     });
 }
 
+/// Attention and its derivative in f64, by their formulas: out, dq, dk, dv.
+fn attention_in_full(
+    [q, k, v, dout]: [&V; 4],
+    (b, t, h, g, p): (usize, usize, usize, usize, usize),
+    sees: impl Fn(usize, usize, usize) -> bool,
+    scale: f64,
+) -> [V; 4] {
+    let mut r = [
+        vec![0.0; b * t * h * p],
+        vec![0.0; b * t * h * p],
+        vec![0.0; b * t * g * p],
+        vec![0.0; b * t * g * p],
+    ];
+    let [out, dq, dk, dv] = &mut r;
+    let dot = |x: &[f64], y: &[f64]| x.iter().zip(y).map(|(x, y)| x * y).sum::<f64>();
+    for i in 0..b * t * h {
+        let (row, at, head) = (i / (t * h), i / h % t, i % h);
+        let q_at = i * p..(i + 1) * p;
+        let kv = |s: usize| {
+            let e = (row * t + s) * g + head / (h / g);
+            e * p..(e + 1) * p
+        };
+        let e: V = (0..=at)
+            .map(|s| match sees(row, at, s) {
+                true => (scale * dot(&q[q_at.clone()], &k[kv(s)])).exp(),
+                false => 0.0,
+            })
+            .collect();
+        let sum: f64 = e.iter().sum();
+        for s in 0..=at {
+            for j in 0..p {
+                out[i * p + j] += e[s] / sum * v[kv(s)][j];
+            }
+        }
+        let delta = dot(&out[q_at.clone()], &dout[q_at.clone()]);
+        for s in 0..=at {
+            let w = e[s] / sum;
+            let d = w * (dot(&dout[q_at.clone()], &v[kv(s)]) - delta) * scale;
+            let to = kv(s).start;
+            for j in 0..p {
+                dq[i * p + j] += d * k[to + j];
+                dk[to + j] += d * q[i * p + j];
+                dv[to + j] += w * dout[i * p + j];
+            }
+        }
+    }
+    r
+}
+
+/// Several tiles, odd lengths, wide and narrow heads, windows and documents.
+#[test]
+fn attention_over_many_tiles() {
+    with_device(|g| {
+        for (b, t, h, gr, p, window, document) in [
+            (1, 300, 4, 1, 128, None, 0),
+            (2, 129, 2, 2, 64, None, 0),
+            (1, 261, 2, 1, 128, Some(70), 0),
+            (2, 333, 2, 1, 128, None, 100),
+            (1, 290, 3, 3, 80, Some(130), 177),
+            (1, 200, 2, 1, 200, None, 90),
+            (1, 131, 2, 1, 256, Some(64), 0),
+            (1, 150, 2, 1, 33, None, 0),
+            (1, 16, 2, 1, 16, None, 0),
+            (1, 2, 2, 1, 128, None, 0),
+        ] {
+            let of = |i: usize| if document == 0 { i } else { i % document };
+            let pos = match document {
+                0 => No,
+                _ => I(vec![b, t], (0..b * t).map(|i| of(i % t) as i32).collect()),
+            };
+            let args = [
+                g.f(1, &[b, t, h, p]),
+                g.f(2, &[b, t, gr, p]),
+                g.f(3, &[b, t, gr, p]),
+                pos,
+            ];
+            let a = data(&args);
+            let dout = g.f(9, &[b, t, h, p]);
+            let c = data(std::slice::from_ref(&dout)).remove(0);
+            let scale = 0.2;
+            let sees = |_: usize, q: usize, s: usize| {
+                s <= q && q - s <= of(q) && window.is_none_or(|w| q - s < w)
+            };
+            let sizes = (b, t, h, gr, p);
+            let want = attention_in_full([&a[0], &a[1], &a[2], &c], sizes, sees, scale);
+            let results = [R::F(vec![b, t, h, p]), R::S(vec![b, h, t])];
+            let out = g.run(&args, &results, |r, a| {
+                attention(r, a, scale as f32, window);
+            });
+            let what = format!("attention of {sizes:?} {window:?} {document}");
+            g.close(&what, &out[0], &want[0]);
+            let mut bwd = args.to_vec();
+            bwd.extend([
+                F(vec![b, t, h, p], out[0].clone()),
+                S(vec![b, h, t], out[1].clone()),
+                dout,
+            ]);
+            let results = [&[b, t, h, p], &[b, t, gr, p], &[b, t, gr, p]];
+            let d = g.run(&bwd, &results.map(|d| R::F(d.to_vec())), |r, a| {
+                attention_bwd(r, a, scale as f32, window);
+            });
+            for (name, (d, want)) in ["dq", "dk", "dv"].iter().zip(d.iter().zip(&want[1..])) {
+                g.close(&format!("{name} of {what}"), d, want);
+            }
+        }
+    });
+}
+
+/// Queries from a slot on, over keys of which the later ones are not to be seen.
+#[test]
+fn attention_from_a_slot() {
+    with_device(|g| {
+        for (t, s, p, slot) in [(1, 300, 128, 200), (40, 300, 128, 150), (17, 90, 64, 0)] {
+            let (h, gr, scale) = (2, 1, 0.2);
+            let args = [
+                g.f(1, &[1, t, h, p]),
+                g.f(2, &[1, s, gr, p]),
+                g.f(3, &[1, s, gr, p]),
+                No,
+                I(vec![1], vec![slot]),
+            ];
+            let a = data(&args);
+            let mut want = vec![0.0; t * h * p];
+            for (i, y) in want.chunks_exact_mut(p).enumerate() {
+                let last = slot as usize + i / h;
+                let e: V = (0..=last)
+                    .map(|k| {
+                        let d: f64 = (0..p).map(|j| a[0][i * p + j] * a[1][k * p + j]).sum();
+                        (d * scale).exp()
+                    })
+                    .collect();
+                let sum: f64 = e.iter().sum();
+                for (k, e) in e.iter().enumerate() {
+                    for (j, y) in y.iter_mut().enumerate() {
+                        *y += e / sum * a[2][k * p + j];
+                    }
+                }
+            }
+            let results = [R::F(vec![1, t, h, p]), R::S(vec![1, h, t])];
+            let out = g.run(&args, &results, |r, a| {
+                attention(r, a, scale as f32, None);
+            });
+            g.close(&format!("attention of {t} from {slot}"), &out[0], &want);
+        }
+    });
+}
+
 #[test]
 fn head_and_loss() {
     with_device(|g| {
-        let (n, d, v) = (13, 8, 21);
-        let targets: Vec<i32> = (0..n as i32)
-            .map(|i| if i % 4 == 1 { -1 } else { i * 7 % 21 })
-            .collect();
-        for (z_loss, z_all) in [(0.0, false), (0.1, false), (0.1, true)] {
+        for (v, z_loss, z_all) in [
+            (21, 0.0, false),
+            (21, 0.1, false),
+            (21, 0.1, true),
+            (24, 0.1, true),
+        ] {
+            let (n, d) = (13, 8);
+            let targets: Vec<i32> = (0..n as i32)
+                .map(|i| if i % 4 == 1 { -1 } else { i * 7 % v as i32 })
+                .collect();
             let op = CrossEntropy {
                 multiplier: 1.5,
                 z_loss,
@@ -1059,6 +1225,136 @@ fn experts() {
         let back = g.run(&bwd, &[R::F(vec![rows, d]), R::S(vec![t, k])], combine_bwd);
         g.gradient("combine", &back[0], &a, 0, &c, forward);
         g.gradient("combine", &back[1], &a, 3, &c, forward);
+    });
+}
+
+/// Several tiles, experts without rows, sizes that fill no tile.
+#[test]
+fn experts_over_many_tiles() {
+    with_device(|g| {
+        for (e, n, k, counts) in [
+            (4, 264, 136, vec![130, 0, 257, 65]),
+            (3, 72, 200, vec![1, 63, 64]),
+            (2, 16, 8, vec![0, 5]),
+            (3, 33, 17, vec![40, 0, 100]),
+        ] {
+            let rows: usize = counts.iter().sum();
+            let mut offsets = vec![0];
+            let mut of = Vec::new();
+            for (i, c) in counts.iter().enumerate() {
+                of.extend(std::iter::repeat_n(i, *c));
+                offsets.push(of.len() as i32);
+            }
+            let offsets = I(vec![e + 1], offsets);
+            let args = [g.f(1, &[rows, k]), g.f(2, &[e, n, k]), g.f(3, &[rows, n])];
+            let a = data(&args);
+            let [x, w, dy] = args;
+            let mut y = vec![0.0; rows * n];
+            let mut dx = vec![0.0; rows * k];
+            let mut dw = vec![0.0; e * n * k];
+            for r in 0..rows {
+                for i in 0..n {
+                    let c = (of[r] * n + i) * k;
+                    for j in 0..k {
+                        y[r * n + i] += a[0][r * k + j] * a[1][c + j];
+                        dx[r * k + j] += a[2][r * n + i] * a[1][c + j];
+                        dw[c + j] += a[2][r * n + i] * a[0][r * k + j];
+                    }
+                }
+            }
+            let what = format!("{counts:?} rows of experts [{n} {k}]");
+            let got = g.run(
+                &[x.clone(), w.clone(), offsets.clone()],
+                &[R::F(vec![rows, n])],
+                grouped_linear,
+            );
+            g.close(&format!("y of {what}"), &got[0], &y);
+            let got = g.run(
+                &[dy.clone(), w, offsets.clone()],
+                &[R::F(vec![rows, k])],
+                grouped_linear_dx,
+            );
+            g.close(&format!("dx of {what}"), &got[0], &dx);
+            let got = g.run(
+                &[x.clone(), dy.clone(), offsets.clone(), No, No],
+                &[R::S(vec![e, n, k])],
+                grouped_linear_dw,
+            );
+            g.close(&format!("dw of {what}"), &got[0], &dw);
+            let held = g.noise(7, e * n * k);
+            let beta = S(vec![1], vec![0.5]);
+            let got = g.run(
+                &[x, dy, offsets, S(vec![e, n, k], held.clone()), beta],
+                &[R::Arg(3)],
+                grouped_linear_dw,
+            );
+            for (d, h) in dw.iter_mut().zip(&held) {
+                *d += 0.5 * h;
+            }
+            g.close(&format!("dw added for {what}"), &got[0], &dw);
+        }
+    });
+}
+
+/// More choices than one chunk, experts that nobody chose, and rows of whole 16 bytes.
+#[test]
+fn moves_of_many_choices() {
+    with_device(|g| {
+        let (t, e, k, d) = (501, 37, 3, 24);
+        let rows = t * k;
+        let chosen: Vec<i32> = (0..rows)
+            .map(|i| (i * i * 7 + i / 5) as i32 % (e as i32 - 2))
+            .collect();
+        let out = g.run(
+            &[I(vec![t, k], chosen.clone())],
+            &[R::I(vec![rows]), R::I(vec![rows]), R::I(vec![e + 1])],
+            |r, a| dispatch(r, a, e),
+        );
+        let mut order: Vec<usize> = (0..rows).collect();
+        order.sort_by_key(|&f| chosen[f]);
+        assert_eq!(out[0], order.iter().map(|&f| f as f64).collect::<V>());
+        for (r, &f) in order.iter().enumerate() {
+            assert_eq!(out[1][f], r as f64);
+        }
+        for i in 0..=e {
+            let before = chosen.iter().filter(|&&c| (c as usize) < i).count();
+            assert_eq!(out[2][i], before as f64);
+        }
+        let int = |v: &V| v.iter().map(|&x| x as i32).collect::<Vec<i32>>();
+        let (ord, slot) = (I(vec![rows], int(&out[0])), I(vec![rows], int(&out[1])));
+        let x = g.f(3, &[t, d]);
+        let xs = data(std::slice::from_ref(&x)).remove(0);
+        let want: V = (0..rows * d)
+            .map(|i| xs[order[i / d] / k * d + i % d])
+            .collect();
+        let got = g.run(
+            &[x, ord.clone(), slot.clone()],
+            &[R::F(vec![rows, d])],
+            gather_rows,
+        );
+        g.close("gather_rows", &got[0], &want);
+        let (y, weights, dx) = (g.f(6, &[rows, d]), g.s(7, &[t, k]), g.f(8, &[t, d]));
+        let a = data(&[y.clone(), weights.clone(), dx.clone()]);
+        let mut want = vec![0.0; t * d];
+        let mut dy = vec![0.0; rows * d];
+        let mut dw = vec![0.0; rows];
+        for (r, &f) in order.iter().enumerate() {
+            for i in 0..d {
+                want[f / k * d + i] += a[1][f] * a[0][r * d + i];
+                dy[r * d + i] = a[1][f] * a[2][f / k * d + i];
+                dw[f] += a[0][r * d + i] * a[2][f / k * d + i];
+            }
+        }
+        let args = [y.clone(), ord.clone(), slot.clone(), weights.clone()];
+        let got = g.run(&args, &[R::F(vec![t, d])], combine);
+        g.close("combine", &got[0], &want);
+        let got = g.run(
+            &[y, ord, slot, weights, dx],
+            &[R::F(vec![rows, d]), R::S(vec![t, k])],
+            combine_bwd,
+        );
+        g.close("dy of combine", &got[0], &dy);
+        g.close("dweights of combine", &got[1], &dw);
     });
 }
 

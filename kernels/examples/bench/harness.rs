@@ -424,7 +424,7 @@ impl Run {
     }
 
     fn scratch(&self, graph: &Graph, m: &Memory) -> usize {
-        let mut r = Recorder::new(256);
+        let mut r = Recorder::new(256).on(self.device.target());
         for stage in &graph.stages {
             self.record(stage, m, &mut r);
         }
@@ -440,7 +440,7 @@ impl Run {
     ) -> Result<Ready, Box<dyn Error>> {
         let mut out = Vec::new();
         for stage in &graph.stages {
-            let mut r = Recorder::new(scratch);
+            let mut r = Recorder::new(scratch).on(self.device.target());
             self.record(stage, m, &mut r);
             let mut commands = r.commands;
             if let Some(v) = variant {
@@ -531,7 +531,7 @@ impl Run {
                     })
                     .collect(),
             };
-            let mut r = Recorder::new(256);
+            let mut r = Recorder::new(256).on(self.device.target());
             for stage in &case.timed.stages {
                 self.record(stage, &m, &mut r);
             }
