@@ -1,11 +1,27 @@
 //! Launches of the causal convolution; sums over tokens in two stages, in a fixed order.
 
-use crate::record::{Args, DType, Recorder, THREADS, chunks, define, flag, int, long, over};
+use crate::record::{Args, DType, Recorder, THREADS, Tensor, define, flag, int};
 use crate::reduce::sum_parts;
 
-fn defines(a: &Args) -> Vec<(String, String)> {
+/// Threads of a block.
+const BLOCK: usize = 128;
+
+/// Tokens that a thread walks over, forward and backward.
+const RUN: usize = 32;
+const RUN_BWD: usize = 128;
+
+/// Neighbouring channels of a thread: `most` where rows and addresses allow whole loads.
+fn channels(i: usize, most: usize, tensors: &[&Tensor]) -> usize {
+    let aligned = |t: &&Tensor| t.ptr % 16 == 0;
+    match i % 8 == 0 && tensors.iter().all(aligned) {
+        true => most,
+        false => 1,
+    }
+}
+
+fn defines(a: &Args, channels: usize) -> Vec<(String, String)> {
     let mut d = a.types();
-    d.push(define("K", a.arg(1).size(1)));
+    d.extend([define("K", a.arg(1).size(1)), define("V", channels)]);
     d
 }
 
@@ -13,11 +29,12 @@ fn defines(a: &Args) -> Vec<(String, String)> {
 pub fn causal_conv1d(r: &mut Recorder, a: &Args, silu: bool) {
     let (x, state) = (a.arg(0), a.arg(4));
     let (t, i) = (x.size(1), x.size(2));
+    let v = channels(i, 8, &[x, a.res(0)]);
     r.launch(
         ("causal_conv1d", "conv"),
-        defines(a),
-        over(x.len()),
-        THREADS,
+        defines(a, v),
+        [(i / v).div_ceil(BLOCK), t.div_ceil(RUN), x.size(0)],
+        BLOCK,
         vec![
             x.into(),
             a.arg(1).into(),
@@ -25,16 +42,16 @@ pub fn causal_conv1d(r: &mut Recorder, a: &Args, silu: bool) {
             a.arg(3).into(),
             state.into(),
             a.res(0).into(),
-            long(x.len()),
             int(t),
             int(i),
             flag(silu),
+            int(RUN),
         ],
     );
     if !state.is_empty() && state.is_present() {
         r.launch(
             ("causal_conv1d", "conv_state"),
-            defines(a),
+            defines(a, v),
             [(x.size(0) * i).div_ceil(THREADS), 1, 1],
             THREADS,
             vec![x.into(), a.res(1).into(), int(x.size(0)), int(t), int(i)],
@@ -44,65 +61,35 @@ pub fn causal_conv1d(r: &mut Recorder, a: &Args, silu: bool) {
 
 /// `dx`, `dw`, `db` (when b is present) of `x, w, b?, pos?, dy`.
 pub fn causal_conv1d_bwd(r: &mut Recorder, a: &Args, silu: bool) {
-    let (x, w, b, pos) = (a.arg(0), a.arg(1), a.arg(2), a.arg(3));
+    let (x, w, b, dy) = (a.arg(0), a.arg(1), a.arg(2), a.arg(4));
     let (t, i, k) = (x.size(1), x.size(2), w.size(1));
-    let dpre = r.scratch(DType::F32, x.len());
+    let v = channels(i, 4, &[x, dy, a.res(0)]);
+    let runs = t.div_ceil(RUN_BWD);
+    let n = runs * x.size(0);
+    let stride = i * (k + 1);
+    let mut part = r.scratch(DType::F32, n * stride);
+    part.dims = vec![n, stride];
     r.launch(
-        ("causal_conv1d", "conv_dpre"),
-        defines(a),
-        over(x.len()),
-        THREADS,
+        ("causal_conv1d", "conv_bwd"),
+        defines(a, v),
+        [(i / v).div_ceil(BLOCK), runs, x.size(0)],
+        BLOCK,
         vec![
             x.into(),
             w.into(),
             b.into(),
-            pos.into(),
-            a.arg(4).into(),
-            (&dpre).into(),
-            long(x.len()),
+            a.arg(3).into(),
+            dy.into(),
+            a.res(0).into(),
+            (&part).into(),
             int(t),
             int(i),
             flag(silu),
+            int(RUN_BWD),
         ],
     );
-    r.launch(
-        ("causal_conv1d", "conv_dx"),
-        defines(a),
-        over(x.len()),
-        THREADS,
-        vec![
-            w.into(),
-            pos.into(),
-            (&dpre).into(),
-            a.res(0).into(),
-            long(x.len()),
-            int(t),
-            int(i),
-        ],
-    );
-    let rows = x.rows();
-    let n = chunks(rows);
-    let stride = i * (k + 1);
-    let part = r.scratch(DType::F32, n * stride);
-    r.launch(
-        ("causal_conv1d", "conv_dw"),
-        defines(a),
-        [i.div_ceil(128), n, 1],
-        128,
-        vec![
-            x.into(),
-            pos.into(),
-            (&dpre).into(),
-            (&part).into(),
-            long(rows),
-            int(t),
-            int(i),
-        ],
-    );
-    let mut from = part.clone();
-    from.dims = vec![n, stride];
-    sum_parts(r, &from, 0, n, i * k, a.res(1));
+    sum_parts(r, &part, 0, n, i * k, a.res(1));
     if b.is_present() {
-        sum_parts(r, &from, i * k, n, i, a.res(2));
+        sum_parts(r, &part, i * k, n, i, a.res(2));
     }
 }

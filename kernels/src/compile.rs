@@ -9,7 +9,11 @@ use std::ffi::CString;
 use std::path::PathBuf;
 
 /// What every source begins with.
-const HEAD: &str = concat!(include_str!("common.cuh"), include_str!("hopper.cuh"));
+const HEAD: &str = concat!(
+    include_str!("common.cuh"),
+    include_str!("hopper.cuh"),
+    include_str!("mma.cuh")
+);
 
 /// What can go wrong between a launcher and the device.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -236,6 +240,18 @@ mod tests {
         }
     }
 
+    /// What launchers define besides types: forms of a source that its defaults leave out.
+    fn forms(stem: &str) -> &'static [&'static str] {
+        match stem {
+            "ssd" => &[
+                "",
+                "TILED GRADS VEC Q=64 NN=128 PS=64 HEADS=2 R=128 PP=64 STAGES=2",
+                "TILED GRADS VEC=0 Q=32 NN=256 PS=64 HEADS=1 R=64 PP=64 STAGES=1",
+            ],
+            _ => &[""],
+        }
+    }
+
     /// Without a GPU too: NVRTC alone is needed.
     #[test]
     fn all_kernels_compile_for_four_architectures() {
@@ -246,13 +262,18 @@ mod tests {
         let all = |arch: &str, types: &str| {
             let compiler = Compiler::new(arch).unwrap().without_cache();
             for &stem in STEMS {
-                let mut module = module(stem, source(stem), types);
-                let image = compiler.cubin(&module);
-                assert!(image.unwrap().starts_with(b"\x7fELF"), "{stem} {arch}");
-                if source(stem).contains("defined(TENSOR)") && arch == "sm_90a" {
-                    module.defines.push(("TENSOR".into(), "1".into()));
+                let tensor = source(stem).contains("defined(TENSOR)") && arch == "sm_90a";
+                for form in forms(stem).iter().chain(tensor.then_some(&"TENSOR")) {
+                    let mut module = module(stem, source(stem), types);
+                    module.defines.extend(form.split_whitespace().map(|d| {
+                        let (name, value) = d.split_once('=').unwrap_or((d, "1"));
+                        (name.to_string(), value.to_string())
+                    }));
                     let image = compiler.cubin(&module);
-                    assert!(image.unwrap().starts_with(b"\x7fELF"), "{stem} {arch}");
+                    assert!(
+                        image.unwrap().starts_with(b"\x7fELF"),
+                        "{stem} {arch} {form}"
+                    );
                 }
             }
         };

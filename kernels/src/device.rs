@@ -148,6 +148,7 @@ impl Device {
             let major = of(Attr::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
             let minor = of(Attr::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
             let count = of(Attr::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+            let shared = of(Attr::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)? as usize;
             let multiprocessors = usize::try_from(count).unwrap_or(0);
             let compiler = Compiler::new(&arch(major, minor))?;
             let name = cu::device::get_name(dev).map_err(driver("asking for the name"))?;
@@ -169,6 +170,7 @@ impl Device {
                 name,
                 target: Target {
                     hopper: (major, minor) == (9, 0),
+                    shared,
                     multiprocessors,
                     deterministic: false,
                 },

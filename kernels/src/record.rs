@@ -180,6 +180,8 @@ pub struct View {
 pub struct Target {
     /// Instructions of sm_90a.
     pub hopper: bool,
+    /// Bytes of shared memory that a block may take; 0: unknown, what every architecture has (99 KiB) is used.
+    pub shared: usize,
     /// Number of multiprocessors, for kernels whose blocks stay; 0: unknown, such kernels are not used.
     pub multiprocessors: usize,
     /// Whether equal runs must give equal bits: then no kernel adds in an order that the device chooses, where there is another.
@@ -256,6 +258,9 @@ pub enum Command {
         bytes: usize,
     },
 }
+
+/// Shared memory of a block that every architecture here has (8.6, 8.9 and 12.0 have the least).
+pub(crate) const LEAST_SHARED: usize = 99 << 10;
 
 /// Alignment of scratch tensors.
 const ALIGN: usize = 256;

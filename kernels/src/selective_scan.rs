@@ -21,7 +21,7 @@ pub fn selective_scan(r: &mut Recorder, a: &Args, chunk: usize) {
         false => (&absent, a.res(1)),
     };
     let mut defines = a.types();
-    defines.push(define("N", a.arg(2).size(1)));
+    defines.push(define("STATES", a.arg(2).size(1)));
     let mut params: Vec<crate::Param> = (0..9).map(|i| a.arg(i).into()).collect();
     params.extend([
         state.into(),
@@ -62,7 +62,7 @@ pub fn selective_scan_bwd(r: &mut Recorder, a: &Args, chunk: usize) {
     part.dims = vec![bs, stride];
     let mut defines = a.types();
     defines.retain(|(name, _)| name.starts_with("TA") || name == "TR0" || name == "TR1");
-    defines.push(define("N", n));
+    defines.push(define("STATES", n));
     let mut params: Vec<crate::Param> = (0..11).map(|k| a.arg(k).into()).collect();
     params.extend([
         a.res(0).into(),
