@@ -17,13 +17,14 @@ KERNEL ssd_dt(const TA1* dt, const TA2* a, const TA6* dt_bias, const int* pos, f
         decay[e] = pos && pos[e / H] == 0 ? 0.f : expf(v * ld(a, h));
     }
 }
-template <int L, int S, bool BACK, class TU, class TV, class TW, class TE, class Out>
-__device__ __forceinline__ void run(const TU* u, i64 us, const TV* v, i64 vs, const TW* w, i64 ws, const TE* e, i64 es, const float* dts, const float* decay, float* dot, float* state, float* saved, int T, int H, int own, int others, int chunk, Out out) {
+// F is double where the result enters the gradient of the decays, which is a difference of sums over all tokens.
+template <int L, int S, bool BACK, class F, class TU, class TV, class TW, class TE, class Out>
+__device__ __forceinline__ void run(const TU* u, i64 us, const TV* v, i64 vs, const TW* w, i64 ws, const TE* e, i64 es, const float* dts, const float* decay, double* dot, float* state, float* saved, int T, int H, int own, int others, int chunk, Out out) {
     int lane = threadIdx.x % L, o = (blockIdx.x * blockDim.x + threadIdx.x) / L;
     bool on = o < own;
     int oc = on ? o : 0;
     i64 h = blockIdx.y, b = blockIdx.z, bh = b * H + h;
-    float s[S];
+    F s[S];
 #pragma unroll
     for (int k = 0; k < S; k++) {
         int q = lane + L * k;
@@ -41,7 +42,8 @@ __device__ __forceinline__ void run(const TU* u, i64 us, const TV* v, i64 vs, co
                 int q = lane + L * k;
                 if (on && q < others) saved[(((b * chunks + t / chunk) * H + h) * own + oc) * others + q] = s[k];
             }
-        float dv = dts[th], dec = BACK ? next : decay[th], raw = ld(u, row * us + oc), uv = BACK ? raw : raw * dv, r = 0;
+        float dv = dts[th], dec = BACK ? next : decay[th], raw = ld(u, row * us + oc);
+        F uv = BACK ? F(raw) : F(raw) * F(dv), r = 0;
         if (BACK) next = decay[th];
 #pragma unroll
         for (int k = 0; k < S; k++) {
@@ -54,10 +56,10 @@ __device__ __forceinline__ void run(const TU* u, i64 us, const TV* v, i64 vs, co
 #pragma unroll
         for (int m = L / 2; m; m >>= 1) r += __shfl_xor_sync(FULL, r, m);
         if (dot) {
-            float p = warp_sum(on && lane == 0 ? r * ld(e, row * es + oc) : 0.f);
+            double p = warp_sum(on && lane == 0 ? (double)r * ld(e, row * es + oc) : 0.);
             if ((threadIdx.x & 31) == 0) dot[(i64)((blockIdx.x * blockDim.x + threadIdx.x) >> 5) * gridDim.z * T * H + th] = p;
         }
-        if (on && lane == 0) out(row, oc, raw, BACK ? r * dv : r);
+        if (on && lane == 0) out(row, oc, raw, (float)(BACK ? r * dv : r));
     }
     if (state)
 #pragma unroll
@@ -70,28 +72,28 @@ __device__ __forceinline__ void run(const TU* u, i64 us, const TV* v, i64 vs, co
 KERNEL ssd_y(const TA0* x, const TA3* b, const TA4* c, const TA5* d, const float* dts, const float* decay, TR0* y, float* state, float* saved, int T, int H, int P, int G, int N, int chunk) {
     PLACE
     float skip = d ? ld(d, h) : 0.f;
-    run<LN, SN, false>(x + h * P, (i64)H * P, b + g * N, (i64)G * N, c + g * N, (i64)G * N, (const float*)0, 0, dts, decay, (float*)0, state, saved, T, H, P, N, chunk,
+    run<LN, SN, false, float>(x + h * P, (i64)H * P, b + g * N, (i64)G * N, c + g * N, (i64)G * N, (const float*)0, 0, dts, decay, (double*)0, state, saved, T, H, P, N, chunk,
         [=](i64 row, int o, float raw, float r) { st(y, (row * H + h) * P + o, r + skip * raw); });
 }
-KERNEL ssd_dc(const TA0* x, const TA3* b, const TA4* c, const TA9* dy, const float* dts, const float* decay, float* dc, float* dot, int T, int H, int P, int G, int N) {
+KERNEL ssd_dc(const TA0* x, const TA3* b, const TA4* c, const TA9* dy, const float* dts, const float* decay, float* dc, double* dot, int T, int H, int P, int G, int N) {
     PLACE
-    run<LP, SP, false>(b + g * N, (i64)G * N, x + h * P, (i64)H * P, dy + h * P, (i64)H * P, c + g * N, (i64)G * N, dts, decay, dot, (float*)0, (float*)0, T, H, N, P, 0,
+    run<LP, SP, false, double>(b + g * N, (i64)G * N, x + h * P, (i64)H * P, dy + h * P, (i64)H * P, c + g * N, (i64)G * N, dts, decay, dot, (float*)0, (float*)0, T, H, N, P, 0,
         [=](i64 row, int o, float, float r) { dc[(row * H + h) * N + o] = r; });
 }
-KERNEL ssd_dx(const TA0* x, const TA3* b, const TA4* c, const TA5* d, const TA9* dy, const float* dts, const float* decay, TR0* dx, float* dot, int T, int H, int P, int G, int N) {
+KERNEL ssd_dx(const TA0* x, const TA3* b, const TA4* c, const TA5* d, const TA9* dy, const float* dts, const float* decay, TR0* dx, double* dot, int T, int H, int P, int G, int N) {
     PLACE
     float skip = d ? ld(d, h) : 0.f;
-    run<LN, SN, true>(dy + h * P, (i64)H * P, c + g * N, (i64)G * N, b + g * N, (i64)G * N, x + h * P, (i64)H * P, dts, decay, dot, (float*)0, (float*)0, T, H, P, N, 0,
+    run<LN, SN, true, double>(dy + h * P, (i64)H * P, c + g * N, (i64)G * N, b + g * N, (i64)G * N, x + h * P, (i64)H * P, dts, decay, dot, (float*)0, (float*)0, T, H, P, N, 0,
         [=](i64 row, int o, float raw, float r) { st(dx, (row * H + h) * P + o, r + skip * raw); });
 }
 KERNEL ssd_db(const TA0* x, const TA4* c, const TA9* dy, const float* dts, const float* decay, float* db, int T, int H, int P, int G, int N) {
     PLACE
-    run<LP, SP, true>(c + g * N, (i64)G * N, dy + h * P, (i64)H * P, x + h * P, (i64)H * P, (const float*)0, 0, dts, decay, (float*)0, (float*)0, (float*)0, T, H, N, P, 0,
+    run<LP, SP, true, float>(c + g * N, (i64)G * N, dy + h * P, (i64)H * P, x + h * P, (i64)H * P, (const float*)0, 0, dts, decay, (double*)0, (float*)0, (float*)0, T, H, N, P, 0,
         [=](i64 row, int o, float, float r) { db[(row * H + h) * N + o] = r; });
 }
 // The gradient of the log decays: G[t] = G[t+1] + dy[t].(S[t] c[t]) - dt' x[t].(dS[t] b[t]), zero at the first token of a document.
 // yc and xb come in parts of the own dimension. part[B][2 H]: da, ddt_bias.
-KERNEL ssd_ddt(const TA1* dt, const TA2* a, const TA6* dt_bias, const int* pos, const float* dts, const float* yc, const float* xb, TR1* ddt, float* part, int yc_parts, int xb_parts, int B, int T, int H, float lo, float hi) {
+KERNEL ssd_ddt(const TA1* dt, const TA2* a, const TA6* dt_bias, const int* pos, const float* dts, const double* yc, const double* xb, TR1* ddt, float* part, int yc_parts, int xb_parts, int B, int T, int H, float lo, float hi) {
     int e = blockIdx.x * blockDim.x + threadIdx.x;
     if (e >= B * H) return;
     int h = e % H;

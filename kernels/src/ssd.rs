@@ -141,8 +141,9 @@ pub fn ssd_bwd(r: &mut Recorder, a: &Args, chunk: usize, limit: (f32, f32)) {
     // Sums over a head's own dimension, by warps; sums over heads.
     let warps = |own: usize, others: usize| s.grid(own, others)[0] * BLOCK / 32;
     let (yc_parts, xb_parts) = (warps(s.n, s.p), warps(s.p, s.n));
-    let yc = r.scratch(DType::F32, yc_parts * rows);
-    let xb = r.scratch(DType::F32, xb_parts * rows);
+    // Doubles.
+    let yc = r.scratch(DType::F32, 2 * yc_parts * rows);
+    let xb = r.scratch(DType::F32, 2 * xb_parts * rows);
     let heads = r.scratch(DType::F32, rows * s.n);
     let scan =
         |r: &mut Recorder, name: &'static str, own: usize, others: usize, tensors: &[&Tensor]| {

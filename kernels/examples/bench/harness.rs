@@ -431,6 +431,38 @@ impl Run {
         r.scratch_bytes()
     }
 
+    /// Prints the time of each command of a stage that has several, run one after the other.
+    fn commands(
+        &self,
+        stage: &Stage,
+        m: &Memory,
+        (prepared, n): &(Prepared, usize),
+    ) -> Result<(), Box<dyn Error>> {
+        let ranges: Vec<_> = (0..*n).map(|i| i..i + 1).collect();
+        let mut times = vec![Vec::new(); *n];
+        for _ in 0..7 {
+            // SAFETY: as in `once`.
+            for (t, secs) in times
+                .iter_mut()
+                .zip(unsafe { self.device.time(prepared, &ranges)? })
+            {
+                t.push(secs * 1e3);
+            }
+        }
+        let mut r = Recorder::new(256).on(self.device.target());
+        self.record(stage, m, &mut r);
+        for (command, t) in r.commands.iter().zip(&mut times) {
+            let name = match command {
+                Command::Launch(l) => l.function,
+                Command::Product(_) => "product",
+                Command::Zero { .. } => "zero",
+                Command::Copy { .. } => "copy",
+            };
+            println!("    {:12} {name:20} {:8.3} ms", stage.name, median(t));
+        }
+        Ok(())
+    }
+
     fn ready(
         &mut self,
         graph: &Graph,
@@ -588,6 +620,9 @@ impl Run {
         for (s, stage) in graph.stages.iter().enumerate() {
             let runs: Vec<&(Prepared, usize)> = ready.iter().map(|r| &r[s]).collect();
             let mut times = self.times(&runs)?;
+            if runs[0].1 > 1 {
+                self.commands(stage, &memories[0], runs[0])?;
+            }
             let faulty = self.faulty(stage, &memories)?;
             if faulty > 0 {
                 println!("{name} {}: {faulty} results are not finite", stage.name);

@@ -14,6 +14,7 @@ mod attention;
 mod experts;
 mod harness;
 mod head;
+mod scans;
 
 use harness::{Case, Run};
 use std::error::Error;
@@ -57,6 +58,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     cases.extend(attention::cases());
     cases.extend(experts::cases());
     cases.extend(head::cases());
+    cases.extend(scans::cases());
     let names: Vec<String> = cases.iter().map(|c| c.name.clone()).collect();
     if !o.cases.is_empty() {
         cases.retain(|c| o.cases.iter().any(|part| c.name.contains(part.as_str())));

@@ -1,0 +1,207 @@
+//! The scans and the convolution before them.
+
+use crate::harness::{Case, Graph};
+use marimba_kernels::{
+    DType, causal_conv1d, causal_conv1d_bwd, selective_scan, selective_scan_bwd, ssd, ssd_bwd,
+};
+
+#[derive(Clone, Copy)]
+struct Ssd {
+    b: usize,
+    t: usize,
+    h: usize,
+    p: usize,
+    g: usize,
+    n: usize,
+}
+
+fn mamba2(s: Ssd) -> Graph {
+    let Ssd { b, t, h, p, g, n } = s;
+    let chunk = 256;
+    let limit = (0.0, f32::INFINITY);
+    let mut x = Graph::default();
+    let (wide, step) = ([b, t, h, p], [b, t, h]);
+    let narrow = [b, t, g, n];
+    let (u, dt) = (x.noise(&wide, 1.0), x.noise(&step, 1.0));
+    let a = x.value(&[h], -1.0);
+    let (bm, cm) = (x.noise(&narrow, 0.3), x.noise(&narrow, 0.3));
+    let d = x.single(&[h], 1.0, 0.0);
+    // Steps of about 0.02, as models start with.
+    let bias = x.value(&[h], -4.0);
+    let dy = x.noise(&wide, 1.0);
+    let y = x.result(&wide);
+    let saved = x.result_of(&[b, t.div_ceil(chunk), h, p, n], DType::F32);
+    let results = [
+        x.result(&wide),
+        x.result(&step),
+        x.result_of(&[h], DType::F32),
+        x.result(&narrow),
+        x.result(&narrow),
+        x.result_of(&[h], DType::F32),
+        x.result_of(&[h], DType::F32),
+    ];
+    // The chunked form with tiles of 64 tokens, c b' once for each group.
+    let tile = (b * t * 64) as f64;
+    let state = 2.0 * (b * t * h * p * n) as f64;
+    let within = tile * (h * p) as f64;
+    let scores = tile * (g * n) as f64;
+    let stream = (b * t * (h * p + g * n + h) * 2) as f64;
+    let args = [
+        Some(u),
+        Some(dt),
+        Some(a),
+        Some(bm),
+        Some(cm),
+        Some(d),
+        Some(bias),
+        None,
+    ];
+    x.stage(
+        "forward",
+        (2.0 * state + within + scores, 2.0 * stream),
+        &args,
+        &[y, saved],
+        move |r, a| ssd(r, a, chunk, limit),
+    );
+    let mut bwd = args.to_vec();
+    bwd.extend([Some(saved), Some(dy)]);
+    x.stage(
+        "backward",
+        (5.0 * state + 2.0 * within + 3.0 * scores, 3.0 * stream),
+        &bwd,
+        &results,
+        move |r, a| ssd_bwd(r, a, chunk, limit),
+    );
+    x.total("both");
+    x
+}
+
+fn mamba1(b: usize, t: usize, i: usize, n: usize) -> Graph {
+    let chunk = 64;
+    let mut x = Graph::default();
+    let (wide, narrow) = ([b, t, i], [b, t, 1, n]);
+    let (u, dt) = (x.noise(&wide, 1.0), x.noise(&wide, 1.0));
+    let a = x.single(&[i, n], 0.5, -4.0);
+    let (bm, cm) = (x.noise(&narrow, 0.5), x.noise(&narrow, 0.5));
+    let d = x.single(&[i], 1.0, 0.0);
+    let bias = x.value(&[i], -4.0);
+    let z = x.noise(&wide, 1.0);
+    let dy = x.noise(&wide, 1.0);
+    let y = x.result(&wide);
+    let saved = x.result_of(&[b, t.div_ceil(chunk), i, n], DType::F32);
+    let results = [
+        x.result(&wide),
+        x.result(&wide),
+        x.result_of(&[i, n], DType::F32),
+        x.result(&narrow),
+        x.result(&narrow),
+        x.result_of(&[i], DType::F32),
+        x.result_of(&[i], DType::F32),
+        x.result(&wide),
+    ];
+    let stream = (b * t * i * 2) as f64;
+    let args = [
+        Some(u),
+        Some(dt),
+        Some(a),
+        Some(bm),
+        Some(cm),
+        Some(d),
+        Some(bias),
+        Some(z),
+        None,
+    ];
+    x.stage(
+        "forward",
+        (0.0, 4.0 * stream),
+        &args,
+        &[y, saved],
+        move |r, a| selective_scan(r, a, chunk),
+    );
+    let mut bwd = args.to_vec();
+    bwd.extend([Some(saved), Some(dy)]);
+    x.stage(
+        "backward",
+        (0.0, 7.0 * stream),
+        &bwd,
+        &results,
+        move |r, a| selective_scan_bwd(r, a, chunk),
+    );
+    x.total("both");
+    x
+}
+
+fn conv(b: usize, t: usize, i: usize) -> Graph {
+    let mut x = Graph::default();
+    let wide = [b, t, i];
+    let u = x.noise(&wide, 1.0);
+    let (w, bias) = (x.single(&[i, 4], 0.5, 0.0), x.single(&[i], 0.5, 0.0));
+    let dy = x.noise(&wide, 1.0);
+    let y = x.result(&wide);
+    let results = [
+        x.result(&wide),
+        x.result_of(&[i, 4], DType::F32),
+        x.result_of(&[i], DType::F32),
+    ];
+    let stream = (b * t * i * 2) as f64;
+    let args = [Some(u), Some(w), Some(bias), None];
+    x.stage("forward", (0.0, 2.0 * stream), &args, &[y], |r, a| {
+        causal_conv1d(r, a, true)
+    });
+    let mut bwd = args.to_vec();
+    bwd.push(Some(dy));
+    x.stage("backward", (0.0, 3.0 * stream), &bwd, &results, |r, a| {
+        causal_conv1d_bwd(r, a, true)
+    });
+    x.total("both");
+    x
+}
+
+pub(crate) fn cases() -> Vec<Case> {
+    let base = Ssd {
+        b: 4,
+        t: 4096,
+        h: 128,
+        p: 64,
+        g: 1,
+        n: 128,
+    };
+    let small = Ssd {
+        b: 1,
+        t: 700,
+        h: 4,
+        ..base
+    };
+    let scans = [
+        ("B4 T4096 128x64 N128", base),
+        ("B4 T4096 64x64 N128", Ssd { h: 64, ..base }),
+        (
+            "B1 T32768 64x64 N128",
+            Ssd {
+                b: 1,
+                t: 32768,
+                h: 64,
+                ..base
+            },
+        ),
+    ];
+    let mut out: Vec<Case> = scans
+        .into_iter()
+        .map(|(name, s)| Case {
+            name: format!("ssd {name}"),
+            timed: mamba2(s),
+            checked: vec![mamba2(small)],
+        })
+        .collect();
+    out.push(Case {
+        name: "selective scan B4 T4096 I8192 N16".to_string(),
+        timed: mamba1(4, 4096, 8192, 16),
+        checked: vec![mamba1(2, 333, 192, 16)],
+    });
+    out.push(Case {
+        name: "conv1d B4 T4096 I8448".to_string(),
+        timed: conv(4, 4096, 8448),
+        checked: vec![conv(2, 333, 136)],
+    });
+    out
+}
