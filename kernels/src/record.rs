@@ -259,9 +259,6 @@ pub enum Command {
     },
 }
 
-/// Shared memory of a block that every architecture here has (8.6, 8.9 and 12.0 have the least).
-pub(crate) const LEAST_SHARED: usize = 99 << 10;
-
 /// Alignment of scratch tensors.
 const ALIGN: usize = 256;
 
