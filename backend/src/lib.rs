@@ -6,7 +6,7 @@
 mod cpu;
 pub mod dfdx;
 
-pub use cpu::{CpuEngine, available_bytes};
+pub use cpu::CpuEngine;
 
 use marimba_ir::{Graph, Plan, Type};
 use std::collections::HashMap;

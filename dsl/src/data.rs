@@ -5,7 +5,7 @@
 //! (the run's), `vocab_size` of tasks that can have any (the model's).
 
 use serde::{Deserialize, Serialize};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// A source of rows. Closed: adding one makes the compiler print the to-do list.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -14,8 +14,8 @@ pub enum Data {
     Text(Text),
     /// Prepared token shards.
     Tokens(Tokens),
-    /// Several sources, drawn by weight: `Mixture([(weight: 0.7, data: Text(path: "a")), ..])`.
-    Mixture(Vec<Part>),
+    /// Several sources, drawn by weight: `Mixture(parts: [(weight: 0.7, data: Text(path: "a")), ..])`.
+    Mixture(Mixture),
     /// Multi-query associative recall.
     Mqar(Mqar),
     /// In-context recall (MAD).
@@ -24,6 +24,8 @@ pub enum Data {
     NoisyRecall(NoisyRecall),
     /// In-context recall of motifs (MAD).
     FuzzyRecall(FuzzyRecall),
+    /// Recall across a stretch of noise of known length.
+    RecallGaps(RecallGaps),
     /// A fixed key-value map, learned by heart (MAD).
     Memorization(Memorization),
     /// Reproduce a row from its last hidden state (MAD).
@@ -42,45 +44,187 @@ pub enum Data {
     Phonebook(Phonebook),
 }
 
+/// What an unreadable document does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum OnBad {
+    /// Stop with the error.
+    #[default]
+    #[serde(alias = "stop")]
+    Stop,
+    /// Count it, log it with file and offset, go on.
+    #[serde(alias = "skip")]
+    Skip,
+}
+
+/// The order of a logical shard's documents.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Order {
+    /// A keyed permutation, a new one every epoch.
+    #[default]
+    #[serde(alias = "default")]
+    Default,
+    /// The linear congruential order of IBM's fms-fsdp loader, the same in every epoch.
+    #[serde(alias = "fms_v1")]
+    FmsV1,
+    /// As stored.
+    #[serde(alias = "sequential")]
+    Sequential,
+}
+
+/// How documents are read, where it was said; `None` is the default that each field states.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Reading {
+    /// L, logical shards.
+    pub lanes: Option<u32>,
+    /// Rows per shuffle block.
+    pub window: Option<u64>,
+    /// Order within a shard.
+    pub order: Option<Order>,
+    /// What an unreadable document does.
+    pub on_bad: Option<OnBad>,
+    /// Framed tokens that a document has at least.
+    pub min_length: Option<u64>,
+    /// Before every document.
+    pub bos: Option<u32>,
+    /// After every document.
+    pub eos: Option<u32>,
+    /// Taken off a document's ends before framing.
+    pub strip: Vec<u32>,
+}
+
+impl Reading {
+    /// Names of the fields that were said.
+    pub fn said(&self) -> Vec<&'static str> {
+        let all = [
+            ("lanes", self.lanes.is_some()),
+            ("window", self.window.is_some()),
+            ("order", self.order.is_some()),
+            ("on_bad", self.on_bad.is_some()),
+            ("min_length", self.min_length.is_some()),
+            ("bos", self.bos.is_some()),
+            ("eos", self.eos.is_some()),
+            ("strip", !self.strip.is_empty()),
+        ];
+        all.iter()
+            .filter(|(_, said)| *said)
+            .map(|(name, _)| *name)
+            .collect()
+    }
+}
+
+/// Fields that all sources of documents have in common. In a member of a mixture they are left out: the mixture says them for all.
+macro_rules! documents {
+    ($(#[$doc:meta])* $name:ident { $($(#[$fdoc:meta])* $field:ident: $ty:ty = $default:expr,)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct $name {
+            $($(#[$fdoc])* pub $field: $ty,)*
+            /// Logical shards, 1 to 2^20: independent streams of rows, of which each worker reads its share. A number that the worker counts
+            /// of the run divide spares reading twice. Default: one for 64 documents, a power of two, at most 1024.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub lanes: Option<u32>,
+            /// Rows of a logical shard that are shuffled together, 1 (none) to 2^20. Default 8.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub window: Option<u64>,
+            /// Order of documents. Default `Default`.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub order: Option<Order>,
+            /// What an unreadable document does: `Stop` or `Skip`. Default `Stop`.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub on_bad: Option<OnBad>,
+            /// Documents with fewer tokens, delimiters included, are left out; empty ones always are. Default 0.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub min_length: Option<u64>,
+            /// Token put before every document. Default none.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub bos: Option<u32>,
+            /// Token put after every document. Default: the one of the tokenizer or of the shards, if they have one.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub eos: Option<u32>,
+            /// Tokens taken off the first and last place of a document that brings its own delimiters. Default none.
+            #[serde(skip_serializing_if = "Vec::is_empty")]
+            pub strip: Vec<u32>,
+            /// Decides the order. Default: the run's seed.
+            #[serde(skip_serializing_if = "Option::is_none")]
+            pub seed: Option<u64>,
+        }
+
+        impl Default for $name {
+            fn default() -> Self {
+                $name {
+                    $($field: $default,)*
+                    lanes: None, window: None, order: None, on_bad: None, min_length: None,
+                    bos: None, eos: None, strip: Vec::new(), seed: None,
+                }
+            }
+        }
+
+        impl $name {
+            /// The fields that all sources of documents have.
+            pub fn reading(&self) -> Reading {
+                Reading {
+                    lanes: self.lanes,
+                    window: self.window,
+                    order: self.order,
+                    on_bad: self.on_bad,
+                    min_length: self.min_length,
+                    bos: self.bos,
+                    eos: self.eos,
+                    strip: self.strip.clone(),
+                }
+            }
+        }
+    };
+}
+
+documents! {
+    /// Several sources of documents, drawn by weight.
+    Mixture {
+        /// The sources. Required.
+        parts: Vec<Part> = Vec::new(),
+        /// Other weights from some point on, in order. Default none. Another phase of the run changes everything else as well, and starts anew.
+        schedule: Vec<Shift> = Vec::new(),
+    }
+}
+
 /// One source of a mixture.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Part {
     /// Share of tokens, relative to the other weights. Above 0.
     pub weight: f64,
-    /// The source; not itself a mixture.
+    /// The source: `Text` or `Tokens`.
     pub data: Data,
 }
 
-/// Text files.
+/// A change of weights.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Text {
-    /// A file or a folder of files, relative to the file that says so. Required. Absolute or relative to the current folder after `check`.
-    pub path: PathBuf,
-    /// How text becomes tokens. Default bytes (V = 256).
-    pub tokenizer: Tokenizer,
-    /// Part of each file, from its end, kept for validation, 0 to below 1. Default 0.05.
-    pub valid_fraction: f64,
-    /// At most this many validation rows. Default 1000.
-    pub valid_rows: u64,
-    /// Accept bytes that are not UTF-8 (bytes tokenizer only). Default false.
-    pub raw_bytes: bool,
-    /// Decides the order. Default: the run's seed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub seed: Option<u64>,
+#[serde(deny_unknown_fields)]
+pub struct Shift {
+    /// Tokens of the phase, of all workers, after which it comes: a step has `batch x accumulate x workers x seq_len`. Above 0, increasing.
+    pub after_tokens: u64,
+    /// One weight per part, relative, 0 or more; 0 leaves the part out.
+    pub weights: Vec<f64>,
 }
 
-impl Default for Text {
-    fn default() -> Self {
-        Text {
-            path: PathBuf::new(),
-            tokenizer: Tokenizer::Bytes,
-            valid_fraction: 0.05,
-            valid_rows: 1000,
-            raw_bytes: false,
-            seed: None,
-        }
+documents! {
+    /// Files of text, or of tokens that the tokenizer's vocabulary holds: plain, JSON Lines (also gzip, zstd), Parquet, Arrow, Megatron.
+    Text {
+        /// A file, a folder of files (relative to the file that says so), or a URL of an object store. Required. Absolute or relative to
+        /// the current folder after `check`.
+        path: PathBuf = PathBuf::new(),
+        /// How text becomes tokens. Default bytes (V = 256). Plain text in bytes is cut into rows anywhere, unless a field below says how
+        /// documents are read.
+        tokenizer: Tokenizer = Tokenizer::Bytes,
+        /// The column or field that holds documents. Default: `text`, `contents`, `content`, `tokens` or `input_ids`, the first there is.
+        column: Option<String> = None,
+        /// Part of each file, from its end, kept for validation, 0 to below 1. Default 0.05.
+        valid_fraction: f64 = 0.05,
+        /// At most this many validation rows. Default 1000.
+        valid_rows: u64 = 1000,
+        /// Accept bytes that are not UTF-8 (bytes tokenizer only). Default false.
+        raw_bytes: bool = false,
     }
 }
 
@@ -94,29 +238,15 @@ pub enum Tokenizer {
     File(PathBuf),
 }
 
-/// Prepared token shards with a manifest.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Tokens {
-    /// The folder. Required.
-    pub path: PathBuf,
-    /// Part of the documents kept for validation, 0 to below 1. Default 0.01.
-    pub valid_fraction: f64,
-    /// At most this many validation rows. Default 1000.
-    pub valid_rows: u64,
-    /// Decides the order. Default: the run's seed.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub seed: Option<u64>,
-}
-
-impl Default for Tokens {
-    fn default() -> Self {
-        Tokens {
-            path: PathBuf::new(),
-            valid_fraction: 0.01,
-            valid_rows: 1000,
-            seed: None,
-        }
+documents! {
+    /// Prepared token shards with a manifest.
+    Tokens {
+        /// The folder, or its URL. Required.
+        path: PathBuf = PathBuf::new(),
+        /// Part of the documents kept for validation, 0 to below 1. Default 0.01.
+        valid_fraction: f64 = 0.01,
+        /// At most this many validation rows. Default 1000.
+        valid_rows: u64 = 1000,
     }
 }
 
@@ -253,6 +383,17 @@ task! {
     }
 }
 task! {
+    /// Pairs, a stretch of noise, then all keys. Every gap is an evaluation set of its own, so that the score is known over the distance.
+    RecallGaps {
+        /// V: keys, values and noise, a third each; 3 (n_pairs + 1) or more. Default 96.
+        vocab_size: usize = 96,
+        /// Pairs, 1 or more; 3 n_pairs and the longest gap <= T. Default 8.
+        n_pairs: usize = 8,
+        /// Lengths of the noise, tokens; training rows draw one of them. Default: 0 and the powers of four that fit.
+        gaps: Vec<usize> = Vec::new(),
+    }
+}
+task! {
     /// Key, insert token: the value of a map that never changes.
     Memorization {
         /// V: keys, values and the insert token. Default 256.
@@ -325,13 +466,22 @@ task! {
     }
 }
 
+/// Whether a path is a URL (`s3://`, `gs://`, `az://`, `http://`, `https://`) and not a place on this machine.
+pub fn is_url(path: &Path) -> bool {
+    let text = path.to_string_lossy();
+    ["s3://", "gs://", "az://", "http://", "https://"]
+        .iter()
+        .any(|scheme| text.starts_with(scheme))
+}
+
 impl Data {
     /// V that the rows need, where it is known without reading files.
     pub fn vocab_size(&self) -> Option<usize> {
         match self {
             Data::Text(t) => (t.tokenizer == Tokenizer::Bytes).then_some(256),
             Data::Tokens(_) => None,
-            Data::Mixture(parts) => parts.iter().filter_map(|p| p.data.vocab_size()).max(),
+            Data::Mixture(m) => m.parts.iter().filter_map(|p| p.data.vocab_size()).max(),
+            Data::RecallGaps(d) => Some(d.vocab_size),
             Data::Mqar(d) => Some(d.vocab_size),
             Data::InContextRecall(d) => Some(d.vocab_size),
             Data::NoisyRecall(d) => Some(d.vocab_size),
@@ -357,6 +507,7 @@ impl Data {
             Data::InContextRecall(_) => "InContextRecall",
             Data::NoisyRecall(_) => "NoisyRecall",
             Data::FuzzyRecall(_) => "FuzzyRecall",
+            Data::RecallGaps(_) => "RecallGaps",
             Data::Memorization(_) => "Memorization",
             Data::Compression(_) => "Compression",
             Data::SelectiveCopying(_) => "SelectiveCopying",

@@ -2,7 +2,7 @@
 //!
 //! Defaults that depend on other fields are written out, so a written file means the same under later defaults.
 
-use crate::data::{Data, Tokenizer};
+use crate::data::{Data, Tokenizer, is_url};
 use crate::model as m;
 use crate::run::Run;
 use crate::syntax::model as s;
@@ -464,9 +464,6 @@ pub fn surface_run(run: &Run) -> r::Run {
         grad_clip: run.grad_clip,
         z_loss: run.z_loss,
         activation_loss: run.activation_loss.clone(),
-        transfer: run.transfer.as_ref().map(|t| r::Transfer {
-            base: Box::new(surface_model(&t.base)),
-        }),
         recompute: run.recompute,
         log_every: run.log_every,
         checkpoint: run.checkpoint,
@@ -521,7 +518,10 @@ pub fn surface_run(run: &Run) -> r::Run {
 
 /// With absolute paths, so that the text means the same from any folder.
 fn absolute(data: &Data) -> Data {
-    let whole = |p: &PathBuf| std::path::absolute(p).unwrap_or_else(|_| p.clone());
+    let whole = |p: &PathBuf| match is_url(p) {
+        true => p.clone(),
+        false => std::path::absolute(p).unwrap_or_else(|_| p.clone()),
+    };
     let mut data = data.clone();
     match &mut data {
         Data::Text(t) => {
@@ -531,11 +531,12 @@ fn absolute(data: &Data) -> Data {
             }
         }
         Data::Tokens(t) => t.path = whole(&t.path),
-        Data::Mixture(parts) => parts.iter_mut().for_each(|p| p.data = absolute(&p.data)),
+        Data::Mixture(m) => m.parts.iter_mut().for_each(|p| p.data = absolute(&p.data)),
         Data::Mqar(_)
         | Data::InContextRecall(_)
         | Data::NoisyRecall(_)
         | Data::FuzzyRecall(_)
+        | Data::RecallGaps(_)
         | Data::Memorization(_)
         | Data::Compression(_)
         | Data::SelectiveCopying(_)

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // a test that cannot go on has failed
 
-use marimba_dsl::load_model;
+use marimba_dsl::{load_model, load_run};
 use marimba_ir::{DType, Def, External, Options, lower};
 use std::path::{Path, PathBuf};
 
@@ -88,4 +88,17 @@ fn jamba_needs_an_order_of_magnitude_less_cache() {
     assert_eq!(gib("llama-3.1-8b"), 32);
     assert_eq!(gib("llama-2-7b"), 128);
     assert_eq!(kv_bytes("bamba-9b", 1), 12_288);
+}
+
+/// The example runs, whose data need not be there to be checked.
+#[test]
+fn example_runs_check() {
+    for name in ["bamba.ron", "text.ron"] {
+        let run = load_run(models().join("..").join(name), &[]).unwrap_or_else(|e| panic!("{e}"));
+        if name == "bamba.ron" {
+            let tokens =
+                |workers: usize, phase: usize| workers * run.phases[phase].tokens_per_step();
+            assert_eq!((tokens(192, 0), tokens(160, 1)), (1_572_864, 1_310_720));
+        }
+    }
 }

@@ -1,7 +1,7 @@
 //! The rules of data parameters.
 
 use super::{At, Cx};
-use crate::data::{Data, MqarCell, Tokenizer};
+use crate::data::{Data, Mixture, MqarCell, Reading, Tokenizer, is_url};
 use std::path::PathBuf;
 
 /// What data parameters may depend on.
@@ -18,13 +18,14 @@ pub(crate) struct Given {
 pub(crate) fn own_seq_len(data: &Data) -> Option<usize> {
     match data {
         Data::Text(_) | Data::Tokens(_) => None,
-        Data::Mixture(parts) => parts.iter().find_map(|p| own_seq_len(&p.data)),
+        Data::Mixture(m) => m.parts.iter().find_map(|p| own_seq_len(&p.data)),
         Data::Mqar(d) => d
             .seq_len
             .or_else(|| d.train.iter().filter_map(|c| c.seq_len).max()),
         Data::InContextRecall(d) => d.seq_len,
         Data::NoisyRecall(d) => d.seq_len,
         Data::FuzzyRecall(d) => d.seq_len,
+        Data::RecallGaps(d) => d.seq_len,
         Data::Memorization(d) => d.seq_len,
         Data::Compression(d) => d.seq_len,
         Data::SelectiveCopying(d) => d.seq_len,
@@ -45,50 +46,27 @@ pub(crate) fn data(cx: &Cx<'_>, at: &At, file: &Data, given: &Given) -> Data {
             d.path = path(cx, at, "path", &d.path);
             if let Tokenizer::File(p) = &mut d.tokenizer {
                 *p = path(cx, at, "tokenizer", p);
-                if d.raw_bytes {
-                    cx.error(
-                        &at.at("raw_bytes"),
-                        "data::raw_bytes",
-                        "`raw_bytes` with a tokenizer",
-                        "only for the bytes tokenizer",
-                        "",
-                    );
-                }
+            }
+            if d.raw_bytes && (d.tokenizer != Tokenizer::Bytes || !d.reading().said().is_empty()) {
+                cx.error(
+                    &at.at("raw_bytes"),
+                    "data::raw_bytes",
+                    "`raw_bytes` with a tokenizer or with fields about documents",
+                    "only for plain text read in bytes",
+                    "",
+                );
             }
             fraction(cx, at, "valid_fraction", d.valid_fraction);
+            reading(cx, at, &d.reading());
             d.seed.get_or_insert(given.seed);
         }
         Data::Tokens(d) => {
             d.path = path(cx, at, "path", &d.path);
             fraction(cx, at, "valid_fraction", d.valid_fraction);
+            reading(cx, at, &d.reading());
             d.seed.get_or_insert(given.seed);
         }
-        Data::Mixture(parts) => {
-            if parts.is_empty() {
-                cx.error(
-                    at,
-                    "data::empty_mixture",
-                    "a mixture of nothing",
-                    "needs at least one source",
-                    "write `Mixture([(weight: 1, data: Text(path: \"a.txt\"))])`",
-                );
-            }
-            for (i, p) in parts.iter_mut().enumerate() {
-                let at = at.at(i);
-                cx.above_zero(&at, "weight", p.weight);
-                if matches!(p.data, Data::Mixture(_)) {
-                    cx.error(
-                        &at.at("data"),
-                        "data::nested_mixture",
-                        "a mixture inside a mixture",
-                        "not allowed here",
-                        "multiply the weights and list all sources once",
-                    );
-                } else {
-                    p.data = self::data(cx, &at.at("data"), &p.data, given);
-                }
-            }
-        }
+        Data::Mixture(d) => mixture(cx, at, d, given),
         Data::Mqar(d) => mqar(cx, at, d, seq_len, given.seed),
         Data::InContextRecall(d) => {
             halves(cx, at, "vocab_size", d.vocab_size);
@@ -130,6 +108,37 @@ pub(crate) fn data(cx: &Cx<'_>, at: &At, file: &Data, given: &Given) -> Data {
                 seq_len,
                 given,
                 4 * d.max_motif.max(1),
+            );
+        }
+        Data::RecallGaps(d) => {
+            let pairs = cx.positive(at, "n_pairs", d.n_pairs);
+            let need = pairs.saturating_add(1).saturating_mul(3);
+            if d.vocab_size < need {
+                cx.error(
+                    &at.at("vocab_size"),
+                    "value::out_of_range",
+                    format!("`vocab_size` {} for {pairs} pairs", d.vocab_size),
+                    format!("must be at least {need}"),
+                    "a third of the tokens are keys, a third values, a third noise",
+                );
+            }
+            let fit = seq_len.map_or(0, |t| t.saturating_sub(3 * pairs));
+            if d.gaps.is_empty() {
+                let powers = (0..).map(|i| 4usize.saturating_pow(i));
+                d.gaps = std::iter::once(0)
+                    .chain(powers.take_while(|&gap| gap <= fit))
+                    .collect();
+            }
+            let longest = d.gaps.iter().copied().max().unwrap_or(0);
+            task(
+                cx,
+                at,
+                (&mut d.seq_len, &mut d.seed),
+                d.n_train,
+                d.n_eval,
+                seq_len,
+                given,
+                pairs.saturating_mul(3).saturating_add(longest),
             );
         }
         Data::Memorization(d) => {
@@ -372,6 +381,117 @@ fn task(
     seed.get_or_insert(given.seed);
 }
 
+/// Ranges of the fields that sources of documents share.
+fn reading(cx: &Cx<'_>, at: &At, d: &Reading) {
+    const MOST: f64 = (1u64 << 20) as f64;
+    let within = |n: f64| (1.0..=MOST).contains(&n);
+    for (name, value) in [("lanes", d.lanes.map(u64::from)), ("window", d.window)] {
+        if let Some(n) = value {
+            cx.number(at, name, n as f64, within, "1 to 1048576");
+        }
+    }
+}
+
+fn mixture(cx: &Cx<'_>, at: &At, d: &mut Mixture, given: &Given) {
+    reading(cx, at, &d.reading());
+    if d.parts.is_empty() {
+        cx.error(
+            at,
+            "data::empty_mixture",
+            "a mixture of nothing",
+            "needs at least one source",
+            "write `Mixture(parts: [(weight: 1, data: Text(path: \"a.txt\"))])`",
+        );
+    }
+    for (i, p) in d.parts.iter_mut().enumerate() {
+        let at = at.at("parts").at(i);
+        cx.above_zero(&at, "weight", p.weight);
+        let at = at.at("data");
+        let said = match &p.data {
+            Data::Text(t) => t.reading().said(),
+            Data::Tokens(t) => t.reading().said(),
+            Data::Mixture(_) => {
+                cx.error(
+                    &at,
+                    "data::nested_mixture",
+                    "a mixture inside a mixture",
+                    "not allowed here",
+                    "multiply the weights and list all sources once",
+                );
+                continue;
+            }
+            task => {
+                cx.error(
+                    &at,
+                    "data::mixed_task",
+                    format!("`{}` is not made of documents", task.kind()),
+                    "a mixture holds `Text` and `Tokens`",
+                    "train on it in a phase of its own",
+                );
+                continue;
+            }
+        };
+        for name in said {
+            cx.error(
+                &at.at(name),
+                "data::member_field",
+                format!("`{name}` of one member of a mixture"),
+                "not allowed here",
+                format!("say `{name}` once, beside `parts`: it holds for all members"),
+            );
+        }
+        if let Data::Text(t) = &p.data
+            && t.raw_bytes
+        {
+            cx.error(
+                &at.at("raw_bytes"),
+                "data::raw_bytes",
+                "`raw_bytes` in a mixture",
+                "only for plain text read in bytes, alone",
+                "",
+            );
+        }
+        p.data = self::data(cx, &at, &p.data, given);
+    }
+    let mut before = 0;
+    for (i, shift) in d.schedule.iter().enumerate() {
+        let at = at.at("schedule").at(i);
+        if shift.after_tokens <= before {
+            cx.error(
+                &at.at("after_tokens"),
+                "data::schedule",
+                format!("`after_tokens` is {}", shift.after_tokens),
+                format!("must be above {before}"),
+                "changes of weights come in order, the first weights hold from token 0",
+            );
+        }
+        before = shift.after_tokens;
+        let (have, want) = (shift.weights.len(), d.parts.len());
+        if have != want {
+            cx.error(
+                &at.at("weights"),
+                "data::schedule",
+                format!("{have} weights for {want} parts"),
+                format!("needs {want} weights"),
+                "0 leaves a part out",
+            );
+        }
+        let sum: f64 = shift.weights.iter().sum();
+        if shift.weights.iter().any(|w| !w.is_finite() || *w < 0.0)
+            || !(sum > 0.0 && sum.is_finite())
+        {
+            cx.error(
+                &at.at("weights"),
+                "data::schedule",
+                "weights that are no shares",
+                "must be finite, 0 or more, and not all 0",
+                "",
+            );
+        }
+    }
+    d.seed.get_or_insert(given.seed);
+}
+
 fn fraction(cx: &Cx<'_>, at: &At, name: &str, x: f64) {
     cx.number(
         at,
@@ -555,7 +675,7 @@ fn path(cx: &Cx<'_>, at: &At, name: &'static str, p: &std::path::Path) -> PathBu
         .find(&at.0)
         .and_then(|n| n.span.source.dir.as_deref());
     match dir {
-        Some(d) if p.is_relative() => tidy(&d.join(p)),
+        Some(d) if p.is_relative() && !is_url(p) => tidy(&d.join(p)),
         _ => p.to_path_buf(),
     }
 }

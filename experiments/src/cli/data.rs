@@ -5,7 +5,7 @@ use crate::data::order::OrderMode;
 use crate::data::pipeline::OnBad;
 use crate::data::prepare::{PrepareSpec, prepare};
 use crate::data::source::format::Columns;
-use crate::data::{DataError, tokenizer, verbs};
+use crate::data::{DataError, fms, tokenizer, verbs};
 use clap::{Args, Subcommand, ValueEnum};
 use marimba_dsl::{Report, Set};
 use serde::Serialize;
@@ -42,6 +42,8 @@ pub enum DataCmd {
     Plan(PlanArgs),
     /// Make token shards of any readable files.
     Prepare(PrepareArgs),
+    /// Where the logical shards of IBM's fms-fsdp loader stand in a checkpoint, and what they give next.
+    FmsState(FmsStateArgs),
     /// Compare prepared shards with their manifest, or read other files completely.
     Verify(VerifyArgs),
 }
@@ -217,6 +219,28 @@ fn parse_shard(text: &str) -> Result<(usize, usize), String> {
         .ok_or_else(|| "expected i/n with i from 0 to n - 1, such as 0/8".to_owned())
 }
 
+/// Arguments of `data fms-state`.
+#[derive(Debug, Args)]
+pub struct FmsStateArgs {
+    /// A checkpoint folder with loader_state_0.pth, loader_state_1.pth, ..., or one such file.
+    path: PathBuf,
+    /// Documents of each file of the dataset, in sorted order of the files: also tell which documents come next.
+    #[arg(long, value_delimiter = ',', requires = "dataset")]
+    counts: Vec<u64>,
+    /// The dataset whose files are counted, as the state names it.
+    #[arg(long, requires = "counts")]
+    dataset: Option<String>,
+    /// Seed of the reference's loader.
+    #[arg(long, default_value_t = 42)]
+    seed: u64,
+    /// How many documents to tell of each logical shard.
+    #[arg(long, default_value_t = 5)]
+    next: usize,
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+}
+
 /// Arguments of `data verify`.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
@@ -232,6 +256,12 @@ pub struct BenchDataArgs {
     /// Tokens of the largest test set; two bytes each on disk.
     #[arg(long, default_value_t = 64_000_000)]
     tokens: u64,
+    /// Tokens per second of the fastest training; data is tried at twice this rate.
+    #[arg(long, default_value_t = 100_000.0)]
+    train_rate: f64,
+    /// A Python with PyTorch, whose DataLoader is measured over the same files.
+    #[arg(long)]
+    python: Option<PathBuf>,
     /// Folder for test files, removed afterwards; the system's temporary folder without it.
     #[arg(long)]
     folder: Option<PathBuf>,
@@ -297,6 +327,14 @@ pub fn run(cmd: &DataCmd) -> Result<(), DataCmdError> {
                 a.json,
             )
         }
+        DataCmd::FmsState(a) => {
+            let states = fms::LoaderStates::read(&a.path)?;
+            let next = match &a.dataset {
+                Some(name) => states.next_documents(name, &a.counts, a.seed, a.next)?,
+                None => Vec::new(),
+            };
+            print(&fms::Report { states, next }, a.json)
+        }
         DataCmd::Prepare(a) => run_prepare(a),
         DataCmd::Verify(a) => {
             let tokenizer = tokenizer::load(a.read.tokenizer.as_deref())?;
@@ -359,7 +397,12 @@ pub fn run_bench(a: &BenchDataArgs) -> Result<(), DataCmdError> {
     let base = a.folder.clone().unwrap_or_else(std::env::temp_dir);
     let folder = base.join(format!("marimba-bench-{}", std::process::id()));
     std::fs::create_dir_all(&folder).map_err(DataError::io("create", &folder))?;
-    let speeds = bench::speeds(&folder, a.tokens);
+    let speeds = bench::speeds(&bench::BenchSpec {
+        folder: &folder,
+        tokens: a.tokens,
+        train_rate: a.train_rate,
+        python: a.python.as_deref(),
+    });
     remove(&folder);
     print(&speeds?, a.json)
 }

@@ -53,7 +53,6 @@ pub(super) fn run(args: &TrainArgs) -> Result<(), CliError> {
         resolved: &resolved,
         out: &out,
         resume: args.resume,
-        until: None,
         threads: args.threads.unwrap_or_else(engine::cores),
         group: &run.name,
         axes: BTreeMap::new(),
@@ -74,7 +73,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<(), CliError> {
             );
             Ok(())
         }
-        Finish::Interrupted | Finish::Paused => {
+        Finish::Interrupted => {
             eprintln!(
                 "stopped after step {}; checkpoint {checkpoint}; continue with: {}",
                 outcome.step,

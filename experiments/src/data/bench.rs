@@ -3,6 +3,7 @@
 
 use super::order::OrderMode;
 use super::pipeline::docs::Framing;
+use super::pipeline::prefetch::Prefetch;
 use super::pipeline::{Dataset, OnBad, Phase, Pipeline, PipelineSpec};
 use super::prepare::{PrepareSpec, prepare};
 use super::rng::{Rng, key};
@@ -16,9 +17,9 @@ use super::tokenizer::{Bytes, Tokenize};
 use super::{DataError, Loader, Worker};
 use marimba_dsl::data::Data;
 use serde::Serialize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Answer of `bench data`.
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -27,12 +28,22 @@ pub struct Speeds {
     pub packed_tokens_per_sec: f64,
     /// `memcpy` of the same tokens as i32 into four arrays of the same size: what the memory allows.
     pub copy_tokens_per_sec: f64,
+    /// A PyTorch `DataLoader` over the same shards (see `bench/torch_loader.py`), one thread, where a Python with PyTorch was named.
+    pub torch_tokens_per_sec: Option<f64>,
+    /// Ratio of the first figure to it.
+    pub over_torch: Option<f64>,
     /// Text through the tokenizer alone, all threads.
     pub tokenizer_tokens_per_sec: f64,
-    /// The same text, read and tokenised on the fly into batches, all threads.
+    /// The same text, read and tokenised on the fly into batches, all threads, in turns with the one above.
     pub on_the_fly_tokens_per_sec: f64,
-    /// Their ratio.
+    /// Median of their ratios over the turns.
     pub on_the_fly_fraction: f64,
+    /// Tokens per second that the two figures below are for: twice `train_rate`.
+    pub wait_rate: f64,
+    /// Share of the time that a training at this rate waits for token shards.
+    pub data_wait_shards: f64,
+    /// The same for text, tokenised on the fly.
+    pub data_wait_text: f64,
     /// Opening 10^9 documents in 100,000 files (simulated index) and giving the first batch, 1,024 lanes.
     pub start_secs: f64,
     /// Restoring the state after 1,024 rows there, and giving the next batch.
@@ -52,12 +63,26 @@ impl std::fmt::Display for Speeds {
             m(self.packed_tokens_per_sec),
             m(self.copy_tokens_per_sec)
         )?;
+        if let (Some(torch), Some(ratio)) = (self.torch_tokens_per_sec, self.over_torch) {
+            writeln!(
+                f,
+                "PyTorch DataLoader, same shards  {:9.1} M tokens/s on one core; {ratio:.1} times as many here",
+                m(torch)
+            )?;
+        }
         writeln!(
             f,
             "tokenised on the fly             {:9.2} M tokens/s, {:.2} of the tokenizer alone ({:.2})",
             m(self.on_the_fly_tokens_per_sec),
             self.on_the_fly_fraction,
             m(self.tokenizer_tokens_per_sec)
+        )?;
+        writeln!(
+            f,
+            "training at {:.2} M tokens/s waits {:.2}% of its time for shards, {:.2}% for text",
+            m(self.wait_rate),
+            100.0 * self.data_wait_shards,
+            100.0 * self.data_wait_text
         )?;
         writeln!(
             f,
@@ -71,24 +96,87 @@ impl std::fmt::Display for Speeds {
     }
 }
 
-/// Measures everything, in files below `folder`. `tokens` sizes the largest data set; 32 M take 64 MB of disk.
+/// What to measure with.
+pub struct BenchSpec<'a> {
+    /// Folder for test files.
+    pub folder: &'a Path,
+    /// Tokens of the largest data set; 32 M take 64 MB of disk.
+    pub tokens: u64,
+    /// Tokens per second of the fastest training.
+    pub train_rate: f64,
+    /// A Python with PyTorch to compare with.
+    pub python: Option<&'a Path>,
+}
+
+/// Measures everything.
 ///
 /// # Errors
-/// [`DataError`]: an unwritable folder.
-pub fn speeds(folder: &Path, tokens: u64) -> Result<Speeds, DataError> {
-    let (packed, copy) = packed(folder, tokens)?;
-    let (alone, on_the_fly) = on_the_fly(folder)?;
+/// [`DataError`]: an unwritable folder, a Python without PyTorch.
+pub fn speeds(spec: &BenchSpec<'_>) -> Result<Speeds, DataError> {
+    let shards = shards(spec.folder, spec.tokens)?;
+    let (packed, copy) = packed(&shards)?;
+    let torch = spec.python.map(|p| torch(p, &shards)).transpose()?;
+    let wait_rate = 2.0 * spec.train_rate;
+    let data_wait_shards = wait(reader(&shards)?, wait_rate)?;
+    let text = text(spec.folder)?;
+    let (alone, on_the_fly, fraction) = on_the_fly(&text)?;
+    let data_wait_text = wait(text.pipeline()?, wait_rate)?;
     let (start_secs, resume_secs, state_bytes_per_shard) = start()?;
     Ok(Speeds {
         packed_tokens_per_sec: packed,
         copy_tokens_per_sec: copy,
+        torch_tokens_per_sec: torch,
+        over_torch: torch.map(|t| packed / t),
         tokenizer_tokens_per_sec: alone,
         on_the_fly_tokens_per_sec: on_the_fly,
-        on_the_fly_fraction: on_the_fly / alone,
+        on_the_fly_fraction: fraction,
+        wait_rate,
+        data_wait_shards,
+        data_wait_text,
         start_secs,
         resume_secs,
         state_bytes_per_shard,
         tasks_tokens_per_sec: tasks()?,
+    })
+}
+
+/// Share of the time that a reader of `rate` tokens a second waits, over two seconds after the first batches.
+fn wait(pipeline: Pipeline, rate: f64) -> Result<f64, DataError> {
+    let seq_len = pipeline.seq_len();
+    let rows = 8.max(16_384 / seq_len);
+    let step = Duration::from_secs_f64((rows * seq_len) as f64 / rate);
+    let mut loader = Prefetch::new(Box::new(pipeline));
+    let mut waited = Duration::ZERO;
+    let mut begin = Instant::now();
+    let mut steps = 0u32;
+    while steps < 20 || begin.elapsed().as_secs_f64() < 2.0 {
+        if steps == 20 {
+            // The first steps find the depth.
+            (waited, begin) = (Duration::ZERO, Instant::now());
+        }
+        let asked = Instant::now();
+        std::hint::black_box(loader.next(rows)?);
+        waited += asked.elapsed();
+        std::thread::sleep(step);
+        steps += 1;
+    }
+    Ok(waited.as_secs_f64() / begin.elapsed().as_secs_f64())
+}
+
+/// Rate of PyTorch's loader over the same shards.
+fn torch(python: &Path, shards: &Path) -> Result<f64, DataError> {
+    let mut command = std::process::Command::new(python);
+    command.args(["-c", include_str!("../../bench/torch_loader.py")]);
+    let ran = command.arg(shards).output();
+    let ran = ran.map_err(DataError::io("run", python))?;
+    let text = String::from_utf8_lossy(&ran.stdout);
+    text.trim().parse().map_err(|_| {
+        let said = String::from_utf8_lossy(&ran.stderr);
+        let last = said.lines().last().unwrap_or_default();
+        DataError::Parameter(format!(
+            "{} did not measure PyTorch's loader: {last}; expected a Python with torch and numpy",
+            python.display()
+        ))
     })
 }
 
@@ -176,8 +264,8 @@ fn pipeline(docs: impl Documents + 'static, spec: PipelineSpec) -> Result<Pipeli
     )
 }
 
-/// Rate into packed batches, and of the bare copies.
-fn packed(folder: &Path, tokens: u64) -> Result<(f64, f64), DataError> {
+/// Token shards of documents of 64 to 4,000 tokens.
+fn shards(folder: &Path, tokens: u64) -> Result<PathBuf, DataError> {
     let source = folder.join("packed.jsonl");
     let out = folder.join("packed");
     // A Megatron pair is the quickest way to known tokens.
@@ -217,10 +305,19 @@ fn packed(folder: &Path, tokens: u64) -> Result<(f64, f64), DataError> {
         on_bad: OnBad::Stop,
     };
     prepare(&prepare_spec, &mut |_| ())?;
-    let docs = ShardDocs::open(&out)?;
+    Ok(out)
+}
+
+fn reader(shards: &Path) -> Result<Pipeline, DataError> {
+    pipeline(ShardDocs::open(shards)?, spec(2048, 64, 50_000))
+}
+
+/// Rate into packed batches, and of the bare copies.
+fn packed(shards: &Path) -> Result<(f64, f64), DataError> {
+    let docs = ShardDocs::open(shards)?;
     docs.verify()?; // also brings the pages into memory
+    let batches = (docs.manifest().tokens / (8 * 2049)).max(1);
     let mut loader = pipeline(docs, spec(2048, 64, 50_000))?;
-    let batches = (made / (8 * 2049)).max(1);
     let rate = best(5, Clock::core(), || {
         for _ in 0..batches {
             std::hint::black_box(loader.next(8)?);
@@ -274,8 +371,26 @@ fn bpe_error(e: tokenizers::Error) -> DataError {
     }
 }
 
-/// Rate of the tokenizer alone, and of the pipeline around it.
-fn on_the_fly(folder: &Path) -> Result<(f64, f64), DataError> {
+/// Text in a file and in memory, and a tokenizer for it.
+struct TextSet {
+    docs: Vec<String>,
+    path: PathBuf,
+    bpe: Arc<Bpe>,
+}
+
+impl TextSet {
+    fn pipeline(&self) -> Result<Pipeline, DataError> {
+        let files = Files::open(
+            std::slice::from_ref(&self.path),
+            &Columns::default(),
+            self.bpe.clone(),
+        )?;
+        pipeline(files, spec(512, 64, 4096))
+    }
+}
+
+/// A thousand documents of a made-up language.
+fn text(folder: &Path) -> Result<TextSet, DataError> {
     use tokenizers::models::TrainerWrapper;
     use tokenizers::models::bpe::{BPE, BpeTrainerBuilder};
     use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -321,23 +436,30 @@ fn on_the_fly(folder: &Path) -> Result<(f64, f64), DataError> {
         .collect();
     std::fs::write(&path, lines).map_err(DataError::io("write", &path))?;
 
+    Ok(TextSet { docs, path, bpe })
+}
+
+/// Rate of the tokenizer alone, of the pipeline around it, and their ratio. They take turns, so that what else the machine does weighs on both.
+fn on_the_fly(text: &TextSet) -> Result<(f64, f64, f64), DataError> {
     use rayon::prelude::*;
-    let alone = best(4, Clock::wall(), || {
-        docs.par_iter()
-            .map(|d| bpe.encode(d).map(|t| t.len() as u64))
-            .sum()
-    })?;
-    let mut loader = pipeline(
-        Files::open(&[path], &Columns::default(), bpe)?,
-        spec(512, 64, 4096),
-    )?;
-    let on_the_fly = best(4, Clock::wall(), || {
-        for _ in 0..8 {
-            std::hint::black_box(loader.next(256)?);
-        }
-        Ok(8 * 256 * 513)
-    })?;
-    Ok((alone, on_the_fly))
+    let mut loader = text.pipeline()?;
+    let (mut alone, mut fly, mut ratios) = (0f64, 0f64, Vec::new());
+    for _ in 0..7 {
+        let a = best(1, Clock::wall(), || {
+            let encoded = text.docs.par_iter().map(|d| text.bpe.encode(d));
+            encoded.map(|t| t.map(|t| t.len() as u64)).sum()
+        })?;
+        let b = best(1, Clock::wall(), || {
+            for _ in 0..8 {
+                std::hint::black_box(loader.next(256)?);
+            }
+            Ok(8 * 256 * 513)
+        })?;
+        (alone, fly) = (alone.max(a), fly.max(b));
+        ratios.push(b / a);
+    }
+    ratios.sort_by(f64::total_cmp);
+    Ok((alone, fly, ratios[ratios.len() / 2]))
 }
 
 trait Log2 {
@@ -414,7 +536,7 @@ fn start() -> Result<(f64, f64, f64), DataError> {
 }
 
 fn tasks() -> Result<Vec<(String, f64)>, DataError> {
-    use marimba_dsl::data::Mqar;
+    use marimba_dsl::data::{Mqar, RecallGaps};
     let all = [
         Data::Mqar(Mqar {
             n_pairs: Some(64),
@@ -423,6 +545,10 @@ fn tasks() -> Result<Vec<(String, f64)>, DataError> {
         Data::InContextRecall(Default::default()),
         Data::NoisyRecall(Default::default()),
         Data::FuzzyRecall(Default::default()),
+        Data::RecallGaps(RecallGaps {
+            gaps: vec![0, 64],
+            ..RecallGaps::default()
+        }),
         Data::Memorization(Default::default()),
         Data::Compression(Default::default()),
         Data::SelectiveCopying(Default::default()),

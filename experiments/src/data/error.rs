@@ -15,6 +15,14 @@ pub enum DataError {
         /// The system's reason.
         source: std::io::Error,
     },
+    /// An object store gave an error, or no answer for too long.
+    #[error("cannot read {url}: {what}")]
+    Remote {
+        /// The object.
+        url: String,
+        /// The store's reason, and how often it was asked.
+        what: String,
+    },
     /// No file matches.
     #[error("no data files at {}; expected {expected}", path.display())]
     NoFiles {
@@ -75,7 +83,7 @@ pub enum DataError {
         what: String,
     },
     /// A token id that the vocabulary does not have.
-    #[error("token {token} in {} (document {doc}) is outside the vocabulary of {vocab_size}", path.display())]
+    #[error("token {token} in {} (document {doc}) is outside the vocabulary of {vocab_size}; expected the tokenizer that made it, or a larger vocab_size", path.display())]
     TokenRange {
         /// The file.
         path: PathBuf,
@@ -116,6 +124,25 @@ pub enum DataError {
 }
 
 impl DataError {
+    /// Whether one document is at fault, so that `on_bad` decides. Everything else (a lost disk or connection, a changed file) stops: leaving
+    /// documents out because of it would lose good data.
+    pub fn is_of_document(&self) -> bool {
+        match self {
+            Self::Damaged { .. } | Self::NotUtf8 { .. } | Self::Tokenizer { .. } => true,
+            Self::Io { .. }
+            | Self::Remote { .. }
+            | Self::NoFiles { .. }
+            | Self::Empty { .. }
+            | Self::TooShort { .. }
+            | Self::Parameter(_)
+            | Self::Changed { .. }
+            | Self::TokenRange { .. }
+            | Self::NoDocuments { .. }
+            | Self::State(_)
+            | Self::NoSuchEvalSet { .. } => false,
+        }
+    }
+
     /// Wraps a system error with what was tried on which path.
     pub fn io(what: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();

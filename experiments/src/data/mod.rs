@@ -14,12 +14,16 @@
 
 pub mod bench;
 pub mod error;
+pub mod fms;
 pub mod mmap;
 pub mod open;
 pub mod order;
 pub mod pipeline;
+pub mod place;
 pub mod plots;
 pub mod prepare;
+#[cfg(feature = "remote")]
+mod remote;
 pub mod rng;
 pub mod rows;
 pub mod source;
@@ -72,6 +76,20 @@ impl Batch {
             targets: vec![IGNORED; n],
             segments: vec![0; n],
             positions,
+            provenance: Vec::with_capacity(rows),
+        }
+    }
+
+    /// A batch without rows yet, with room for `rows`: what is appended to it is all that is ever written.
+    pub fn with_room(rows: usize, seq_len: usize) -> Self {
+        let n = rows * seq_len;
+        Self {
+            rows: 0,
+            seq_len,
+            tokens: Vec::with_capacity(n),
+            targets: Vec::with_capacity(n),
+            segments: Vec::with_capacity(n),
+            positions: Vec::with_capacity(n),
             provenance: Vec::with_capacity(rows),
         }
     }

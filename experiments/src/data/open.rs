@@ -1,6 +1,5 @@
 //! From the data of a checked run to a loader.
 
-use super::order::OrderMode;
 use super::pipeline::docs::Framing;
 use super::pipeline::prefetch::Prefetch;
 use super::pipeline::{Dataset, OnBad, Phase, Pipeline, PipelineSpec};
@@ -13,12 +12,12 @@ use super::source::shards::{MANIFEST, ShardDocs};
 use super::tasks::Task;
 use super::text::{TextRows, TextSpec};
 use super::tokenizer::{self, Tokenize};
-use super::{DataError, Loader, Worker};
-use marimba_dsl::data::{Data, Text, Tokenizer, Tokens};
+use super::{DataError, Loader, Worker, place};
+use marimba_dsl::data::{Data, Reading, Text, Tokenizer, Tokens};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-/// Rows per shuffle block of a lane.
+/// Rows per shuffle block of a lane, unless the data says another number.
 const WINDOW: u64 = 8;
 
 /// Opens `data` for rows of `seq_len` inputs, as `worker` of a fleet. `seed` is the run's, for data that does not state its own.
@@ -49,7 +48,7 @@ fn open_rows(
     worker: Worker,
 ) -> Result<Option<Box<dyn Loader>>, DataError> {
     match data {
-        Data::Text(d) if d.tokenizer == Tokenizer::Bytes && is_plain_text(&d.path)? => {
+        Data::Text(d) if is_cut_anywhere(d)? => {
             let spec = TextSpec {
                 paths: vec![d.path.clone()],
                 seq_len,
@@ -71,9 +70,16 @@ fn open_rows(
     }
 }
 
-/// Whether all files at `path` are text without structure.
-fn is_plain_text(path: &Path) -> Result<bool, DataError> {
-    for file in inputs_of(&[path.into()])? {
+/// Whether text is read as bytes without documents: plain files of this machine, and nothing said about documents.
+fn is_cut_anywhere(d: &Text) -> Result<bool, DataError> {
+    let about_documents = d.tokenizer != Tokenizer::Bytes
+        || d.column.is_some()
+        || !d.reading().said().is_empty()
+        || place::is_url(&d.path);
+    if about_documents {
+        return Ok(false);
+    }
+    for file in inputs_of(std::slice::from_ref(&d.path))? {
         if Format::of(&file)? != Format::Text {
             return Ok(false);
         }
@@ -99,21 +105,21 @@ pub fn open_pipeline(
     seed: u64,
     worker: Worker,
 ) -> Result<Pipeline, DataError> {
-    let parts: Vec<(f64, &Data)> = match data {
-        Data::Mixture(parts) => parts.iter().map(|p| (p.weight, &p.data)).collect(),
-        one => vec![(1.0, one)],
+    let (parts, reading, own_seed, schedule) = match data {
+        Data::Mixture(d) => {
+            let parts = d.parts.iter().map(|p| (p.weight, &p.data)).collect();
+            (parts, d.reading(), d.seed, d.schedule.as_slice())
+        }
+        Data::Text(d) => (vec![(1.0, data)], d.reading(), d.seed, [].as_slice()),
+        Data::Tokens(d) => (vec![(1.0, data)], d.reading(), d.seed, [].as_slice()),
+        task => (vec![(1.0, task)], Reading::default(), None, [].as_slice()),
     };
-    let (mut opened, mut weights, mut own_seed) = (Vec::new(), Vec::new(), None);
-    for (i, (weight, part)) in parts.iter().enumerate() {
-        let one = match part {
-            Data::Text(d) => {
-                own_seed = own_seed.or(d.seed);
-                open_text(d)?
-            }
-            Data::Tokens(d) => {
-                own_seed = own_seed.or(d.seed);
-                open_tokens(d)?
-            }
+    let on_bad = reading.on_bad.unwrap_or_default();
+    let (mut opened, mut weights) = (Vec::new(), Vec::new());
+    for (i, (weight, part)) in parts.into_iter().enumerate() {
+        opened.push(match part {
+            Data::Text(d) => open_text(d, on_bad)?,
+            Data::Tokens(d) => open_tokens(d)?,
             other => {
                 let text = format!(
                     "{} (part {i}) is not made of documents; a mixture holds Text and Tokens",
@@ -121,9 +127,8 @@ pub fn open_pipeline(
                 );
                 return Err(DataError::Parameter(text));
             }
-        };
-        weights.push(*weight);
-        opened.push(one);
+        });
+        weights.push(weight);
     }
     // Datasets in folders of one name are told apart by their number.
     let names: Vec<String> = opened.iter().map(|o| o.dataset.name.clone()).collect();
@@ -132,28 +137,33 @@ pub fn open_pipeline(
             one.dataset.name = format!("{}.{i}", names[i]);
         }
     }
-    let largest = opened
-        .iter()
-        .map(|o| o.dataset.docs.n_docs())
-        .max()
-        .unwrap_or(0);
+    let largest = opened.iter().map(|o| o.dataset.docs.n_docs()).max();
+    let mut phases = vec![Phase {
+        start_row: 0,
+        weights,
+    }];
+    phases.extend(schedule.iter().map(|shift| Phase {
+        start_row: shift.after_tokens.div_ceil(seq_len.max(1) as u64),
+        weights: shift.weights.clone(),
+    }));
     let spec = PipelineSpec {
         seq_len,
         // A function of the data alone: about 64 documents a lane, 1,024 lanes at most.
-        lanes: 1 << (largest / 64).max(1).ilog2().min(10),
-        window: WINDOW,
-        order: OrderMode::Default,
+        lanes: reading
+            .lanes
+            .unwrap_or_else(|| 1 << (largest.unwrap_or(0) / 64).max(1).ilog2().min(10)),
+        window: reading.window.unwrap_or(WINDOW),
+        order: reading.order.unwrap_or_default().into(),
         seed: own_seed.unwrap_or(seed),
         framing: Framing {
-            eos: opened.iter().find_map(|o| o.eos),
+            bos: reading.bos,
+            eos: reading.eos.or_else(|| opened.iter().find_map(|o| o.eos)),
+            strip: reading.strip,
+            min_length: reading.min_length.unwrap_or(0),
             vocab_size: opened.iter().map(|o| o.vocab_size).max().unwrap_or(0),
-            ..Framing::default()
         },
-        on_bad: OnBad::Stop,
-        phases: vec![Phase {
-            start_row: 0,
-            weights,
-        }],
+        on_bad,
+        phases,
         valid_rows: opened.iter().map(|o| o.valid_rows).max().unwrap_or(0),
     };
     Pipeline::new(
@@ -185,7 +195,7 @@ fn name_of(path: &Path) -> String {
     )
 }
 
-fn open_text(d: &Text) -> Result<Opened, DataError> {
+fn open_text(d: &Text, on_bad: OnBad) -> Result<Opened, DataError> {
     let file = match &d.tokenizer {
         Tokenizer::Bytes => None,
         Tokenizer::File(path) => Some(path.as_path()),
@@ -194,8 +204,10 @@ fn open_text(d: &Text) -> Result<Opened, DataError> {
     let docs = open_documents(
         std::slice::from_ref(&d.path),
         tokenizer.clone(),
-        &Columns::default(),
-        OnBad::Stop,
+        &d.column
+            .as_deref()
+            .map_or_else(Columns::default, Columns::only),
+        on_bad,
     )?;
     let valid_docs = valid_docs(docs.n_docs(), d.valid_fraction)?;
     Ok(Opened {
@@ -228,7 +240,7 @@ fn open_tokens(d: &Tokens) -> Result<Opened, DataError> {
 }
 
 /// The documents at `paths`: a folder of token shards, files with random access as they are, or, if any file has none (compressed JSON Lines,
-/// Parquet), shards prepared once in the system's temporary folder.
+/// Parquet, objects of a store), shards prepared once in the system's temporary folder.
 ///
 /// # Errors
 /// As [`open`].
@@ -239,17 +251,19 @@ pub fn open_documents(
     on_bad: OnBad,
 ) -> Result<Arc<dyn Documents>, DataError> {
     if let [folder] = paths
-        && folder.join(MANIFEST).exists()
+        && place::exists(&folder.join(MANIFEST))?
     {
         return Ok(Arc::new(ShardDocs::open(folder)?));
     }
     let files = inputs_of(paths)?;
     let mut streamed = false;
     for file in &files {
-        streamed |= matches!(
-            Format::of(file)?,
-            Format::JsonlGzip | Format::JsonlZstd | Format::Parquet
-        );
+        let format = Format::of(file)?;
+        streamed |= place::is_url(file)
+            || matches!(
+                format,
+                Format::JsonlGzip | Format::JsonlZstd | Format::Parquet
+            );
     }
     if !streamed {
         return Ok(Arc::new(Files::open(&files, columns, tokenizer)?));
@@ -271,9 +285,10 @@ pub fn open_documents(
 
 #[cfg(test)]
 mod tests {
+    use super::super::order::OrderMode;
     use super::super::tokenizer::tests::tiny_file;
     use super::*;
-    use marimba_dsl::data::Part;
+    use marimba_dsl::data::{Mixture, Order, Part, Shift};
     use std::io::Write;
 
     #[test]
@@ -312,31 +327,91 @@ mod tests {
             "compression changes nothing"
         );
 
-        let mixture = Data::Mixture(vec![
-            Part {
-                weight: 0.7,
-                data: data(&text),
-            },
-            Part {
-                weight: 0.3,
-                data: data(&gz),
-            },
-        ]);
-        let mut mixed = open(&mixture, 7, 1, Worker::ALL).expect("opens");
+        let parts = || {
+            let part = |weight, path| Part {
+                weight,
+                data: data(path),
+            };
+            vec![part(0.7, &text), part(0.3, &gz)]
+        };
+        let mixture = |m: Mixture| {
+            Data::Mixture(Mixture {
+                parts: parts(),
+                ..m
+            })
+        };
+        let mut mixed = open(&mixture(Mixture::default()), 7, 1, Worker::ALL).expect("opens");
         mixed.next(400).expect("reads");
         let tokens = mixed.tokens_by_dataset();
         let share = tokens[0].1 as f64 / (tokens[0].1 + tokens[1].1) as f64;
         assert!((share - 0.7).abs() < 0.01, "{tokens:?}");
-        let synthetic = Data::Mixture(vec![Part {
-            weight: 1.0,
-            data: Data::Parity(Default::default()),
-        }]);
+        let said = Mixture {
+            lanes: Some(5),
+            window: Some(3),
+            order: Some(Order::Sequential),
+            bos: Some(1),
+            eos: Some(2),
+            strip: vec![3],
+            min_length: Some(4),
+            on_bad: Some(OnBad::Skip),
+            schedule: vec![Shift {
+                after_tokens: 701,
+                weights: vec![0.0, 1.0],
+            }],
+            ..Mixture::default()
+        };
+        let pipeline = open_pipeline(&mixture(said), 7, 1, Worker::ALL).expect("opens");
+        let spec = pipeline.spec();
+        assert_eq!((spec.lanes, spec.window, spec.seed), (5, 3, 1));
+        assert_eq!(
+            (spec.order, spec.on_bad),
+            (OrderMode::Sequential, OnBad::Skip)
+        );
+        let framing = Framing {
+            bos: Some(1),
+            eos: Some(2),
+            strip: vec![3],
+            min_length: 4,
+            vocab_size: 6,
+        };
+        assert_eq!(spec.framing, framing);
+        assert_eq!((spec.phases.len(), spec.phases[1].start_row), (2, 101));
+        let synthetic = Data::Mixture(Mixture {
+            parts: vec![Part {
+                weight: 1.0,
+                data: Data::Parity(Default::default()),
+            }],
+            ..Mixture::default()
+        });
         assert!(
             open(&synthetic, 7, 1, Worker::ALL)
                 .map(|_| ())
                 .expect_err("refused")
                 .to_string()
                 .contains("Parity (part 0)")
+        );
+    }
+
+    #[test]
+    fn plain_text_is_read_by_documents_once_that_is_asked_for() {
+        let dir = tempfile::tempdir().expect("dir");
+        let path = dir.path().join("a.txt");
+        std::fs::write(&path, "a line of text\n".repeat(9000)).expect("written");
+        let text = |window| {
+            Data::Text(Text {
+                path: path.clone(),
+                window,
+                ..Text::default()
+            })
+        };
+        let name = |d| {
+            open(&d, 15, 1, Worker::ALL).expect("opens").eval_sets()[0]
+                .name
+                .clone()
+        };
+        assert_eq!(
+            (name(text(None)), name(text(Some(2)))),
+            ("valid".into(), "valid/a".into())
         );
     }
 }

@@ -179,6 +179,16 @@ pub enum OrderMode {
     Sequential,
 }
 
+impl From<marimba_dsl::data::Order> for OrderMode {
+    fn from(order: marimba_dsl::data::Order) -> Self {
+        match order {
+            marimba_dsl::data::Order::Default => Self::Default,
+            marimba_dsl::data::Order::FmsV1 => Self::FmsV1,
+            marimba_dsl::data::Order::Sequential => Self::Sequential,
+        }
+    }
+}
+
 /// The whole order of `0..n` of logical shard `rank` of dataset `dataset` in `epoch`.
 ///
 /// # Errors

@@ -10,10 +10,11 @@ use super::source::shards::{MANIFEST, Manifest, Part, digest_ends};
 use super::source::{Width, shards};
 use super::text::files_of;
 use super::tokenizer::Tokenize;
-use super::{DataError, hex};
+use super::{DataError, hex, place};
 use rayon::prelude::*;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -73,15 +74,14 @@ pub struct Prepared {
 /// # Errors
 /// As [`files_of`].
 pub fn inputs_of(paths: &[PathBuf]) -> Result<Vec<PathBuf>, DataError> {
+    let files = files_of(paths)?;
+    let all: BTreeSet<&PathBuf> = files.iter().collect();
     let paired = |f: &PathBuf| {
         f.extension().is_some_and(|e| e == "bin")
-            && f.with_extension("idx").exists()
+            && all.contains(&f.with_extension("idx"))
             && !paths.contains(f)
     };
-    Ok(files_of(paths)?
-        .into_iter()
-        .filter(|f| !paired(f))
-        .collect())
+    Ok(files.iter().filter(|f| !paired(f)).cloned().collect())
 }
 
 /// Makes the shards.
@@ -96,6 +96,12 @@ pub fn prepare(
     if shard >= of {
         return Err(DataError::Parameter(format!(
             "shard {shard}/{of}; expected i/n with i from 0 to n - 1"
+        )));
+    }
+    if place::is_url(&spec.out) {
+        return Err(DataError::Parameter(format!(
+            "shards cannot be written to {}; expected a folder of this machine",
+            spec.out.display()
         )));
     }
     let inputs = inputs_of(&spec.inputs)?;
@@ -239,9 +245,7 @@ fn make_part(
         tok_crc32c: 0,
         idx_crc32c: 0,
         source: input.display().to_string(),
-        source_bytes: std::fs::metadata(input)
-            .map_err(DataError::io("read", input))?
-            .len(),
+        source_bytes: place::size(input)?,
         made_from,
         bad: 0,
     };
@@ -302,11 +306,11 @@ fn make_part(
                     report(progress);
                 }
             }
-            Err(error) if spec.on_bad == OnBad::Stop => return Err(error),
-            Err(error) => {
+            Err(error) if spec.on_bad == OnBad::Skip && error.is_of_document() => {
                 tracing::warn!(%error, "document skipped");
                 bad += 1;
             }
+            Err(error) => return Err(error),
         }
         Ok(true)
     })?;

@@ -11,7 +11,7 @@ use super::mmap::Mapped;
 use super::order::Permutation;
 use super::rng::key;
 use super::rows::{Rows, Split};
-use super::{DataError, EvalSet, Metric, Piece, RowMut};
+use super::{DataError, EvalSet, Metric, Piece, RowMut, place};
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
 
@@ -252,7 +252,9 @@ pub fn files_of(paths: &[PathBuf]) -> Result<Vec<PathBuf>, DataError> {
     let mut files = Vec::new();
     for path in paths {
         let before = files.len();
-        if path.is_dir() {
+        if place::is_url(path) {
+            files.extend(place::list(path)?);
+        } else if path.is_dir() {
             walk(path, &mut files)?;
             files[before..].sort();
         } else if path.exists() {

@@ -8,7 +8,7 @@ use super::prepare::inputs_of;
 use super::source::format::{Columns, Format, Raw, stream};
 use super::source::shards::{MANIFEST, ShardDocs};
 use super::tokenizer::Tokenize;
-use super::{DataError, Loader, LoaderState, Located, Piece, Worker};
+use super::{DataError, Loader, LoaderState, Located, Piece, Worker, place};
 use marimba_dsl::run::Run;
 use serde::Serialize;
 use std::fmt;
@@ -365,7 +365,7 @@ pub fn inspect(
         }
         Ok(true)
     };
-    if path.join(MANIFEST).exists() {
+    if place::exists(&path.join(MANIFEST))? {
         use super::source::Documents;
         let docs = ShardDocs::open(path)?;
         out.files = vec![(path.display().to_string(), Format::Shards)];
@@ -549,7 +549,7 @@ pub fn verify(
     tokenizer: Arc<dyn Tokenize>,
     columns: &Columns,
 ) -> Result<u64, DataError> {
-    if path.join(MANIFEST).exists() {
+    if place::exists(&path.join(MANIFEST))? {
         let docs = ShardDocs::open(path)?;
         docs.verify()?;
         return Ok(docs.manifest().docs);

@@ -14,7 +14,6 @@ pub mod recorder;
 pub mod run_dir;
 pub mod series;
 pub mod summary;
-pub mod sweep_file;
 
 pub use error::RecordError;
 pub use events::{EventFile, HParam, LayoutChart};
@@ -25,7 +24,6 @@ pub use recorder::Recorder;
 pub use run_dir::{RunDir, RunFiles};
 pub use series::{Point, Series};
 pub use summary::{RunState, RunStatus, RunSummary};
-pub use sweep_file::SweepFile;
 
 /// Tags that the training loop writes and the reports look for; names shared with torchtitan and flame where they have one.
 pub mod tags {
@@ -37,6 +35,8 @@ pub mod tags {
     pub const TRAIN_GRAD_NORM: &str = "train/grad_norm";
     /// Training throughput over the log interval, tokens per second.
     pub const TOKENS_PER_SEC: &str = "perf/tokens_per_sec";
+    /// Share of the time that training waited for data.
+    pub const DATA_WAIT: &str = "perf/data_wait";
     /// Tokens seen since the start of the run.
     pub const TOKENS: &str = "train/tokens";
 

@@ -4,7 +4,6 @@ use super::{TrainError, explain};
 use crate::data::{Batch, IGNORED};
 use crate::init;
 use crate::program::{self, ACTIVATION_ALPHA, Program, TrainOptions};
-use crate::transfer::{self, Scaled};
 use marimba_backend::{Engine, HostTensor, Outputs, ProgramId};
 use marimba_dsl::model::Model;
 use marimba_dsl::run::{Precision, Reduction, Run};
@@ -69,7 +68,7 @@ impl Trainer {
                 help: "set precision: F32",
             });
         }
-        let Scaled { model, params, lr } = transfer::apply(run)?;
+        let params = marimba_ir::lower::params(&run.model).map_err(program::CompileError::from)?;
         for p in &params {
             engine.write(
                 &format!("param:{}", p.name),
@@ -80,7 +79,7 @@ impl Trainer {
         // The graph takes the mean over taps; a sum is that many times as much.
         let alpha_from = match &run.activation_loss {
             Some(a) => {
-                let taps = program::count_activation_taps(&model, a)?;
+                let taps = program::count_activation_taps(&run.model, a)?;
                 let factor = if a.reduction == Reduction::Sum {
                     taps as f64
                 } else {
@@ -90,11 +89,11 @@ impl Trainer {
             }
             None => None,
         };
-        let optimizer = program::optimizer(&params, run, &lr)?;
+        let optimizer = program::optimizer(&params, run)?;
         let optimizer = engine.load(optimizer.graph, optimizer.plan)?;
         Ok(Trainer {
             engine,
-            model,
+            model: run.model.clone(),
             options: TrainOptions::of(run),
             alpha_from,
             params,
@@ -107,11 +106,6 @@ impl Trainer {
     /// The parameters' descriptions.
     pub fn params(&self) -> &[Param] {
         &self.params
-    }
-
-    /// The model as it is trained: the run's, scaled by its transfer.
-    pub fn model(&self) -> &Model {
-        &self.model
     }
 
     /// The engine, for reading parameters and moments.

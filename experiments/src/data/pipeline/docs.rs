@@ -238,22 +238,32 @@ impl Document {
         self.body.1 == 0
     }
 
-    /// Copies framed tokens `start..start + out.len()`, which must lie inside.
-    pub fn copy(&self, start: u64, mut out: &mut [i32]) {
+    /// Appends framed tokens `start..start + len`, which must lie inside.
+    pub fn append(&self, start: u64, len: usize, out: &mut Vec<i32>) {
+        let end = out.len() + len;
         let lead = u64::from(self.bos.is_some());
         let mut at = start;
-        if let (Some(bos), true, false) = (self.bos, at == 0, out.is_empty()) {
-            out[0] = bos as i32;
-            out = &mut out[1..];
+        if let (Some(bos), true, true) = (self.bos, at == 0, len > 0) {
+            out.push(bos as i32);
             at = 1;
         }
-        let body = (out.len() as u64).min((lead + self.body.1).saturating_sub(at)) as usize;
-        let (inner, rest) = out.split_at_mut(body);
-        if !inner.is_empty() {
-            self.tokens.copy(self.body.0 + at - lead, inner);
+        let body = ((end - out.len()) as u64).min((lead + self.body.1).saturating_sub(at));
+        if body > 0 {
+            self.tokens
+                .append(self.body.0 + at - lead, body as usize, out);
         }
-        if let (Some(eos), Some(slot)) = (self.eos, rest.first_mut()) {
-            *slot = eos as i32;
+        if let (Some(eos), true) = (self.eos, out.len() < end) {
+            out.push(eos as i32);
+        }
+    }
+
+    /// Framed token `at`, which must lie inside.
+    pub fn get(&self, at: u64) -> i32 {
+        let lead = u64::from(self.bos.is_some());
+        match (self.bos, self.eos) {
+            (Some(bos), _) if at == 0 => bos as i32,
+            (_, Some(eos)) if at == lead + self.body.1 => eos as i32,
+            _ => self.tokens.get(self.body.0 + at - lead) as i32,
         }
     }
 }
@@ -319,13 +329,11 @@ impl DocStream {
         };
         let tokens = match self.source.tokens(place.doc) {
             Ok(tokens) => tokens,
-            Err(error) => match self.on_bad {
-                OnBad::Stop => return Err(error),
-                OnBad::Skip => {
-                    tracing::warn!(dataset = &*self.name, doc = place.doc, %error, "document skipped");
-                    return skip(&self.skipped.bad);
-                }
-            },
+            Err(error) if self.on_bad == OnBad::Skip && error.is_of_document() => {
+                tracing::warn!(dataset = &*self.name, doc = place.doc, %error, "document skipped");
+                return skip(&self.skipped.bad);
+            }
+            Err(error) => return Err(error),
         };
         let document = Document::frame(self.walk.shards.dataset, place, tokens, &self.framing);
         if document.is_empty() {
@@ -372,8 +380,8 @@ impl DocStream {
                     let d = Document::frame(0, place, tokens, &self.framing);
                     !d.is_empty() && d.len() >= self.framing.min_length
                 }
-                Err(error) if self.on_bad == OnBad::Stop => return Err(error),
-                Err(_) => false,
+                Err(error) if self.on_bad == OnBad::Skip && error.is_of_document() => false,
+                Err(error) => return Err(error),
             };
             if found {
                 break;
@@ -451,11 +459,12 @@ mod tests {
         ] {
             let d = Document::frame(0, place, Tokens::Owned(tokens.into()), &framing);
             assert_eq!(d.len(), want.len() as u64);
+            (0..want.len()).for_each(|i| assert_eq!(d.get(i as u64), want[i]));
             for start in 0..=want.len() {
                 for end in start..=want.len() {
-                    let mut out = vec![-1; end - start];
-                    d.copy(start as u64, &mut out);
-                    assert_eq!(out, want[start..end]);
+                    let mut out = vec![-1];
+                    d.append(start as u64, end - start, &mut out);
+                    assert_eq!(out[1..], want[start..end]);
                 }
             }
         }

@@ -318,38 +318,32 @@ impl Pipeline {
                 plans[i] = Some(plan);
             }
         }
-        let mut batch = Batch::blank(numbers.len(), self.spec.seq_len);
-        for (i, (plan, &row)) in plans.iter().zip(numbers).enumerate() {
+        let mut batch = Batch::with_room(numbers.len(), self.spec.seq_len);
+        for (plan, &row) in plans.iter().zip(numbers) {
             if let Some(plan) = plan {
-                self.write(plan, row, &mut batch, i)?;
+                self.append(plan, row, &mut batch)?;
             }
         }
         Ok(batch)
     }
 
-    fn write(
-        &self,
-        plan: &RowPlan,
-        row: u64,
-        batch: &mut Batch,
-        at: usize,
-    ) -> Result<(), DataError> {
+    fn append(&self, plan: &RowPlan, row: u64, batch: &mut Batch) -> Result<(), DataError> {
         let vocab_size = self.framing.vocab_size;
         let pieces = plan.pieces();
-        plan.write(batch.row_mut(at), vocab_size)
-            .map_err(|(doc, token)| {
-                let dataset = pieces
-                    .iter()
-                    .find(|p| p.doc == doc)
-                    .map_or(0, |p| p.dataset as usize);
-                let (file, doc) = self.datasets[dataset].docs.locate(doc);
-                DataError::TokenRange {
-                    path: file.into(),
-                    doc,
-                    token,
-                    vocab_size,
-                }
-            })?;
+        plan.append(batch, vocab_size).map_err(|(doc, token)| {
+            let dataset = pieces
+                .iter()
+                .find(|p| p.doc == doc)
+                .map_or(0, |p| p.dataset as usize);
+            let (file, doc) = self.datasets[dataset].docs.locate(doc);
+            DataError::TokenRange {
+                path: file.into(),
+                doc,
+                token,
+                vocab_size,
+            }
+        })?;
+        batch.rows += 1;
         batch.provenance.push(RowProvenance { row, pieces });
         Ok(())
     }
@@ -495,9 +489,9 @@ impl Loader for Pipeline {
         })?;
         let start = (start as usize).min(plans.len());
         let plans = &plans[start..(start + rows).min(plans.len())];
-        let mut batch = Batch::blank(plans.len(), self.spec.seq_len);
+        let mut batch = Batch::with_room(plans.len(), self.spec.seq_len);
         for (i, plan) in plans.iter().enumerate() {
-            self.write(plan, (start + i) as u64, &mut batch, i)?;
+            self.append(plan, (start + i) as u64, &mut batch)?;
         }
         Ok(batch)
     }

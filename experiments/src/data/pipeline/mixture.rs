@@ -147,16 +147,11 @@ impl Mixture {
 
     fn furthest_behind(&self) -> Option<usize> {
         let weights = &self.phases[self.phase].weights;
-        let share = |i: &usize| weights[*i] > 0.0 && !self.dead[*i];
-        let usable: Vec<usize> = (0..weights.len()).filter(share).collect();
+        let usable = || (0..weights.len()).filter(|&i| weights[i] > 0.0 && !self.dead[i]);
         let drawn = |i: usize| (self.tokens[i][0] - self.tokens[i][1]) as f64;
-        let (total, weight) = usable
-            .iter()
-            .fold((0.0, 0.0), |(t, w), &i| (t + drawn(i), w + weights[i]));
+        let (total, weight) = usable().fold((0.0, 0.0), |(t, w), i| (t + drawn(i), w + weights[i]));
         let behind = |i: usize| weights[i] / weight * total - drawn(i);
-        usable
-            .into_iter()
-            .reduce(|best, i| if behind(i) > behind(best) { i } else { best })
+        usable().reduce(|best, i| if behind(i) > behind(best) { i } else { best })
     }
 }
 

@@ -22,6 +22,8 @@ pub mod window;
 #[cfg(test)]
 mod tests;
 
+pub use marimba_dsl::data::OnBad;
+
 pub use loader::{Dataset, Pipeline, PipelineSpec};
 pub use mixture::Phase;
 
@@ -49,15 +51,4 @@ pub trait Stage {
     /// # Errors
     /// [`DataError::State`] when the state does not fit this stage.
     fn restore(&mut self, state: &Self::State) -> Result<(), DataError>;
-}
-
-/// What to do with a document that cannot be read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum OnBad {
-    /// Stop with the error.
-    #[default]
-    Stop,
-    /// Count it, log it with file and offset, go on.
-    Skip,
 }

@@ -5,7 +5,7 @@
 use super::Stage;
 use super::docs::Document;
 use super::mixture::{Mixture, MixtureState};
-use crate::data::{DataError, Piece, RowMut};
+use crate::data::{Batch, DataError, IGNORED, Piece};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
@@ -29,43 +29,46 @@ impl RowPlan {
         self.parts.iter().map(piece).collect()
     }
 
-    /// Copies the tokens. Targets do not cross documents. Fails with the offending part for a token id outside the vocabulary.
+    /// Appends the row to `out`. Targets do not cross documents. Each array is written once, front to back: no blank row is laid out first.
     ///
     /// # Errors
-    /// The document and the id.
-    pub fn write(&self, out: RowMut<'_>, vocab_size: usize) -> Result<(), (u64, u64)> {
-        let seq_len = out.tokens.len();
+    /// Document and id of a token outside the vocabulary; `out` then holds a part of the row.
+    pub fn append(&self, out: &mut Batch, vocab_size: usize) -> Result<(), (u64, u64)> {
         let mut t = 0;
         for (segment, (document, start, len)) in self.parts.iter().enumerate() {
             let len = *len as usize;
-            let inputs = len.min(seq_len - t);
-            let tokens = &mut out.tokens[t..t + inputs];
-            document.copy(*start, tokens);
-            let mut last = 0;
-            if inputs < len {
-                let mut one = [0];
-                document.copy(start + inputs as u64, &mut one);
-                last = one[0];
-            }
-            // One pass that the compiler vectorises; ids are compared unsigned, so negative ones are outside as well.
-            let worst = tokens.iter().fold(last as u32, |m, &x| m.max(x as u32));
-            if worst as usize >= vocab_size {
+            let inputs = len.min(out.seq_len - t);
+            let from = out.tokens.len();
+            document.append(*start, inputs, &mut out.tokens);
+            let tokens = &out.tokens[from..];
+            // The last token of a row is only a target.
+            let last = (inputs < len).then(|| document.get(start + inputs as u64));
+            let highest = vocab_size as i64 - 1;
+            let outside = |x: i32| i64::from(x as u32) > highest;
+            if any_outside(tokens, vocab_size) || last.is_some_and(outside) {
+                let ids = tokens.iter().copied().chain(last);
+                let worst = ids.map(|x| x as u32).max().unwrap_or(0);
                 return Err((document.place.doc, u64::from(worst)));
             }
             if inputs > 0 {
-                out.targets[t..t + inputs - 1].copy_from_slice(&tokens[1..]);
-                if inputs < len {
-                    out.targets[t + inputs - 1] = last;
-                }
+                out.targets.extend_from_slice(&tokens[1..]);
+                out.targets.push(last.unwrap_or(IGNORED));
             }
-            out.segments[t..t + inputs].fill(segment as i32);
-            for (i, p) in out.positions[t..t + inputs].iter_mut().enumerate() {
-                *p = i as i32;
-            }
+            out.segments.resize(from + inputs, segment as i32);
+            out.positions.extend(0..inputs as i32);
             t += inputs;
         }
         Ok(())
     }
+}
+
+/// Whether an id is negative or not below `vocab_size`. The sign bit of `x | (highest - x)` says so of one; ORed together they need no
+/// comparison, which baseline x86-64 lacks for most vector types.
+fn any_outside(tokens: &[i32], vocab_size: usize) -> bool {
+    // A vocabulary beyond 2^31 holds every id that is not negative.
+    let highest = i32::try_from(vocab_size).map_or(i32::MAX, |v| v.wrapping_sub(1));
+    let signs = |acc: i32, &x: &i32| acc | x | highest.wrapping_sub(x);
+    tokens.iter().fold(0, signs) < 0
 }
 
 /// Where the stage stands.

@@ -1,11 +1,14 @@
 //! Reading ahead: a thread that fills a queue of batches, so that training waits only when data is slower than training.
 //!
-//! Each batch travels with the state after it, so [`Loader::state`] is that of the batches handed out, not of those read ahead. The queue
-//! starts at 2 batches and doubles, up to [`MAX_DEPTH`], whenever a batch had to be waited for.
+//! Each batch travels with the state after it, so [`Loader::state`] is that of the batches handed out, not of those read ahead.
+//!
+//! The depth of the queue follows from measured times: as many batches as training uses up while the slowest batch of late is read, one more
+//! and at least 2, at most [`MAX_DEPTH`]. When data is slower than training on average no depth helps, and every step waits for the difference.
 
 use crate::data::{Batch, DataError, EvalSet, Loader, LoaderState, Located, Piece};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 /// Batches read ahead at most.
 pub const MAX_DEPTH: usize = 64;
@@ -18,8 +21,39 @@ pub struct Prefetch {
     rows: usize,
     state: LoaderState,
     tokens: Vec<(String, u64)>,
-    depth: usize,
     waits: u64,
+    pace: Pace,
+    /// When the last batch was handed out.
+    handed: Option<Instant>,
+}
+
+/// Times that decide the depth, seconds.
+#[derive(Clone, Copy, Debug, Default)]
+struct Pace {
+    /// The slowest batch of late: forgotten by a hundredth a batch.
+    slowest_read: f64,
+    /// Mean time that training takes for a batch; 0 before the first.
+    use_secs: f64,
+}
+
+impl Pace {
+    fn read(&mut self, secs: f64) {
+        self.slowest_read = (self.slowest_read * 0.99).max(secs);
+    }
+
+    /// A pause for an evaluation or a checkpoint counts as a few batches, not as a slow training.
+    fn used(&mut self, secs: f64) {
+        self.use_secs = if self.use_secs > 0.0 {
+            0.9 * self.use_secs + 0.1 * secs.min(4.0 * self.use_secs)
+        } else {
+            secs
+        };
+    }
+
+    fn depth(self) -> usize {
+        let during = (self.slowest_read / self.use_secs.max(1e-9)).ceil();
+        (during.min(MAX_DEPTH as f64) as usize + 1).clamp(2, MAX_DEPTH)
+    }
 }
 
 struct Queue {
@@ -31,6 +65,7 @@ struct Ready {
     batch: Result<Batch, DataError>,
     state: LoaderState,
     tokens: Vec<(String, u64)>,
+    secs: f64,
 }
 
 struct Inside {
@@ -64,8 +99,9 @@ impl Prefetch {
             rows: 0,
             state,
             tokens,
-            depth: 2,
             waits: 0,
+            pace: Pace::default(),
+            handed: None,
         }
     }
 
@@ -105,12 +141,15 @@ impl Prefetch {
                     }
                 }
                 let mut loader = lock(&inner);
+                let begin = Instant::now();
                 let batch = loader.next(rows);
+                let secs = begin.elapsed().as_secs_f64();
                 let failed = batch.is_err();
                 let ready = Ready {
                     batch,
                     state: loader.state(),
                     tokens: loader.tokens_by_dataset(),
+                    secs,
                 };
                 drop(loader);
                 lock(&queue.inside).ready.push_back(ready);
@@ -134,11 +173,12 @@ impl Loader for Prefetch {
         if first {
             self.start(rows);
         }
+        if let Some(handed) = self.handed.take() {
+            self.pace.used(handed.elapsed().as_secs_f64());
+        }
         let mut inside = lock(&self.queue.inside);
         if inside.ready.is_empty() && !first {
             self.waits += 1;
-            self.depth = (self.depth * 2).min(MAX_DEPTH);
-            inside.depth = self.depth;
         }
         let ready = loop {
             if let Some(ready) = inside.ready.pop_front() {
@@ -157,10 +197,13 @@ impl Loader for Prefetch {
                 .wait_timeout(inside, std::time::Duration::from_millis(200));
             inside = waited.unwrap_or_else(PoisonError::into_inner).0;
         };
+        self.pace.read(ready.secs);
+        inside.depth = self.pace.depth();
         drop(inside);
         self.queue.changed.notify_all();
         match ready.batch {
             Ok(batch) => {
+                self.handed = Some(Instant::now());
                 (self.state, self.tokens) = (ready.state, ready.tokens);
                 Ok(batch)
             }
@@ -254,6 +297,25 @@ mod tests {
             ahead.eval_batch(0, 0, 2).expect("reads"),
             direct.eval_batch(0, 0, 2).expect("reads")
         );
+    }
+
+    #[test]
+    fn the_depth_covers_the_slowest_batch() {
+        let mut pace = Pace::default();
+        pace.used(0.01);
+        for _ in 0..20 {
+            pace.read(0.001);
+            pace.used(0.01);
+        }
+        assert_eq!(pace.depth(), 2, "reading is ten times as fast");
+        pace.read(0.095);
+        assert_eq!(pace.depth(), 11, "one batch takes as long as ten steps");
+        pace.used(60.0);
+        assert!(pace.depth() >= 6, "a pause is not a slow step");
+        (0..500).for_each(|_| pace.read(0.001));
+        assert_eq!(pace.depth(), 2, "forgotten");
+        pace.read(1e9);
+        assert_eq!(pace.depth(), MAX_DEPTH);
     }
 
     #[test]

@@ -53,6 +53,21 @@ pub fn open_file(
 /// Bytes that a document of plain text has at least.
 const TEXT_DOC_BYTES: usize = 16 << 10;
 
+/// Length of the document at the start of `bytes`; `None` when there is none, or when bytes that follow would decide it.
+pub(super) fn text_end(bytes: &[u8], is_all: bool) -> Option<usize> {
+    if bytes.is_empty() || (!is_all && bytes.len() < 2 * TEXT_DOC_BYTES) {
+        return None;
+    }
+    let least = TEXT_DOC_BYTES.min(bytes.len());
+    let window = &bytes[least..(2 * TEXT_DOC_BYTES).min(bytes.len())];
+    let blank = window.windows(2).position(|w| w == b"\n\n");
+    let line = || bytes[least..].iter().position(|&b| b == b'\n');
+    match blank.map(|i| i + 2).or_else(|| line().map(|i| i + 1)) {
+        Some(more) => Some(least + more),
+        None => is_all.then_some(bytes.len()),
+    }
+}
+
 /// Plain text: runs of lines of 16 KiB or more, ending at an empty line where one comes within as much again, else at a line's end.
 struct TextDocs {
     map: Arc<Mapped>,
@@ -66,20 +81,8 @@ impl TextDocs {
             return Err(DataError::Empty { path: path.into() });
         }
         let (mut ends, mut start) = (Vec::new(), 0);
-        while start < map.len() {
-            let least = (start + TEXT_DOC_BYTES).min(map.len());
-            let window = &map[least..(least + TEXT_DOC_BYTES).min(map.len())];
-            let blank = window
-                .windows(2)
-                .position(|w| w == b"\n\n")
-                .map(|i| least + i + 2);
-            let line = || {
-                map[least..]
-                    .iter()
-                    .position(|&b| b == b'\n')
-                    .map(|i| least + i + 1)
-            };
-            start = blank.or_else(line).unwrap_or(map.len());
+        while let Some(len) = text_end(&map[start..], true) {
+            start += len;
             ends.push(start as u64);
         }
         Ok(Self { map, ends })
@@ -161,9 +164,7 @@ impl RawDocuments for JsonlDocs {
 /// document starts (one more than documents). A document is a run of sequences, which follow each other in `.bin`.
 struct MegatronDocs {
     bin: Arc<Mapped>,
-    width: Width,
-    /// First byte and tokens of each document.
-    spans: Vec<(u64, u64)>,
+    index: MegatronIndex,
 }
 
 const MEGATRON_HEADER: usize = 34;
@@ -172,10 +173,27 @@ impl MegatronDocs {
     fn open(path: &Path) -> Result<Self, DataError> {
         let (idx, bin) = (
             Mapped::open(&path.with_extension("idx"))?,
-            Arc::new(Mapped::open(&path.with_extension("bin"))?),
+            Mapped::open(&path.with_extension("bin"))?,
         );
+        let index = MegatronIndex::read(path, &idx, bin.len() as u64)?;
+        let bin = Arc::new(bin);
+        Ok(Self { bin, index })
+    }
+}
+
+/// What an `.idx` says.
+pub(super) struct MegatronIndex {
+    /// Bytes per token.
+    pub(super) width: Width,
+    /// First byte and tokens of each document.
+    pub(super) spans: Vec<(u64, u64)>,
+}
+
+impl MegatronIndex {
+    /// Reads the bytes of the `.idx` of a pair, `path` either of its names, whose `.bin` has `bin_bytes`.
+    pub(super) fn read(path: &Path, idx: &[u8], bin_bytes: u64) -> Result<Self, DataError> {
         let damaged = |offset: usize, what: String| DataError::Damaged {
-            path: idx.path().into(),
+            path: path.with_extension("idx"),
             offset: offset as u64,
             what,
         };
@@ -258,32 +276,32 @@ impl MegatronDocs {
             }
             if at
                 .checked_add(tokens * width.bytes() as u64)
-                .is_none_or(|end| end > bin.len() as u64)
+                .is_none_or(|end| end > bin_bytes)
             {
                 return Err(DataError::Damaged {
-                    path: bin.path().into(),
-                    offset: bin.len() as u64,
+                    path: path.with_extension("bin"),
+                    offset: bin_bytes,
                     what: format!("document {doc} lies beyond the end of the file"),
                 });
             }
             spans.push((at, tokens));
         }
-        Ok(Self { bin, width, spans })
+        Ok(Self { width, spans })
     }
 }
 
 impl RawDocuments for MegatronDocs {
     fn n_docs(&self) -> u64 {
-        self.spans.len() as u64
+        self.index.spans.len() as u64
     }
 
     fn raw(&self, doc: u64) -> Result<Raw, DataError> {
-        let (at, len) = self.spans[doc as usize];
+        let (at, len) = self.index.spans[doc as usize];
         Ok(Raw::Stored(Tokens::Mapped {
             map: self.bin.clone(),
             at: at as usize,
             len: len as usize,
-            width: self.width,
+            width: self.index.width,
         }))
     }
 }

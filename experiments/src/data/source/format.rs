@@ -1,17 +1,17 @@
 //! Which format a file has, and its documents one after the other: what `prepare` and `inspect` read, and what formats without random access
 //! (compressed JSON Lines, Parquet) are read by at all. A file is streamed, never held whole.
 
-use crate::data::DataError;
 use crate::data::mmap::Mapped;
+use crate::data::{DataError, place};
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Int32Type, Int64Type, UInt8Type, UInt16Type, UInt32Type, UInt64Type};
 use arrow_array::{Array, ArrayRef, RecordBatch};
 use arrow_schema::{DataType, Schema};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
-use std::path::Path;
-use std::sync::Arc;
+use std::io::{BufRead, BufReader, Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// Formats that are read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -43,19 +43,15 @@ impl Format {
     /// # Errors
     /// [`DataError::Io`].
     pub fn of(path: &Path) -> Result<Self, DataError> {
-        if path.is_dir() {
+        if !place::is_url(path) && path.is_dir() {
             return Ok(Self::Shards);
         }
-        let mut head = Vec::with_capacity(9);
-        let file = File::open(path).map_err(DataError::io("open", path))?;
-        file.take(9)
-            .read_to_end(&mut head)
-            .map_err(DataError::io("read", path))?;
+        let head = place::range(path, 0..place::size(path)?.min(9))?;
         let name = path
             .file_name()
             .map(|n| n.to_string_lossy().to_lowercase())
             .unwrap_or_default();
-        Ok(match head.as_slice() {
+        Ok(match &*head {
             h if h.starts_with(b"PAR1") => Self::Parquet,
             h if h.starts_with(b"ARROW1") => Self::ArrowFile,
             h if h.starts_with(b"\xff\xff\xff\xff") && name.ends_with(".arrow") => {
@@ -64,7 +60,9 @@ impl Format {
             h if h.starts_with(b"MMIDIDX\0\0") => Self::Megatron,
             h if h.starts_with(b"\x1f\x8b") => Self::JsonlGzip,
             h if h.starts_with(b"\x28\xb5\x2f\xfd") => Self::JsonlZstd,
-            _ if name.ends_with(".bin") && path.with_extension("idx").exists() => Self::Megatron,
+            _ if name.ends_with(".bin") && place::exists(&path.with_extension("idx"))? => {
+                Self::Megatron
+            }
             // The ending tells also where the content is cut short, so that the right reader complains.
             _ if name.ends_with(".gz") => Self::JsonlGzip,
             _ if name.ends_with(".zst") => Self::JsonlZstd,
@@ -130,36 +128,53 @@ pub fn stream(
     path: &Path,
     format: Format,
     columns: &Columns,
-    each: &mut dyn FnMut(Result<Raw, DataError>) -> Result<bool, DataError>,
+    each: Each<'_>,
 ) -> Result<(), DataError> {
-    let open = || File::open(path).map_err(DataError::io("open", path));
+    let buffered = |reader: Box<dyn Read + Send>| BufReader::with_capacity(1 << 20, reader);
     match format {
-        Format::Jsonl => json_lines(
-            path,
-            BufReader::with_capacity(1 << 20, open()?),
-            columns,
-            each,
-        ),
+        Format::Jsonl => json_lines(path, buffered(place::open(path)?), columns, each),
         Format::JsonlGzip => {
-            let reader =
-                flate2::bufread::MultiGzDecoder::new(BufReader::with_capacity(1 << 16, open()?));
-            json_lines(
-                path,
-                BufReader::with_capacity(1 << 20, reader),
-                columns,
-                each,
-            )
+            let packed = BufReader::with_capacity(1 << 16, place::open(path)?);
+            let reader = Box::new(flate2::bufread::MultiGzDecoder::new(packed));
+            json_lines(path, buffered(reader), columns, each)
         }
         Format::JsonlZstd => {
-            let reader = zstd::Decoder::new(open()?).map_err(DataError::io("decompress", path))?;
-            json_lines(
-                path,
-                BufReader::with_capacity(1 << 20, reader),
-                columns,
-                each,
-            )
+            let reader = zstd::Decoder::new(place::open(path)?)
+                .map_err(DataError::io("decompress", path))?;
+            json_lines(path, buffered(Box::new(reader)), columns, each)
         }
-        Format::Parquet => parquet_rows(path, open()?, columns, each),
+        Format::Parquet if place::is_url(path) => {
+            let chunks = Chunks::new(path)?;
+            let lost = chunks.lost.clone();
+            let read = parquet_rows(path, || Ok(chunks.clone()), columns, &mut |raw| {
+                // What a lost connection kept from being read is not damaged.
+                match take(&lost) {
+                    Some(error) => Err(error),
+                    None => each(raw),
+                }
+            });
+            take(&lost).map_or(read, Err)
+        }
+        Format::Parquet => {
+            let open = || File::open(path).map_err(DataError::io("open", path));
+            parquet_rows(path, open, columns, each)
+        }
+        Format::Text if place::is_url(path) => text_runs(path, place::open(path)?, each),
+        Format::ArrowFile if place::is_url(path) => {
+            let bad = |e: arrow_schema::ArrowError| not_arrow(path, &e);
+            let reader = BufReader::with_capacity(1 << 20, place::open(path)?);
+            let reader = arrow_ipc::reader::FileReader::try_new(reader, None).map_err(bad)?;
+            let schema = reader.schema();
+            arrow_rows(path, &schema, reader.map(|b| b.map_err(bad)), columns, each)
+        }
+        Format::ArrowStream if place::is_url(path) => {
+            let bad = |e: arrow_schema::ArrowError| not_arrow(path, &e);
+            let reader = BufReader::with_capacity(1 << 20, place::open(path)?);
+            let reader = arrow_ipc::reader::StreamReader::try_new(reader, None).map_err(bad)?;
+            let schema = reader.schema();
+            arrow_rows(path, &schema, reader.map(|b| b.map_err(bad)), columns, each)
+        }
+        Format::Megatron if place::is_url(path) => megatron_docs(path, each),
         Format::Text
         | Format::ArrowFile
         | Format::ArrowStream
@@ -174,6 +189,164 @@ pub fn stream(
             Ok(())
         }
     }
+}
+
+/// What takes documents, one after the other; see [`stream`].
+type Each<'a> = &'a mut dyn FnMut(Result<Raw, DataError>) -> Result<bool, DataError>;
+
+/// A parquet file in an object store. What a lost connection did is kept in `lost`: the `parquet` crate makes a text of it.
+#[derive(Clone)]
+struct Chunks {
+    path: PathBuf,
+    size: u64,
+    lost: Arc<Mutex<Option<DataError>>>,
+}
+
+impl Chunks {
+    fn new(path: &Path) -> Result<Self, DataError> {
+        Ok(Self {
+            path: path.into(),
+            size: place::size(path)?,
+            lost: Arc::default(),
+        })
+    }
+
+    fn noting<T>(&self, result: Result<T, DataError>) -> parquet::errors::Result<T> {
+        result.map_err(|error| {
+            let text = error.to_string();
+            *self.lost.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            parquet::errors::ParquetError::General(text)
+        })
+    }
+}
+
+fn take(lost: &Mutex<Option<DataError>>) -> Option<DataError> {
+    lost.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+impl parquet::file::reader::Length for Chunks {
+    fn len(&self) -> u64 {
+        self.size
+    }
+}
+
+impl parquet::file::reader::ChunkReader for Chunks {
+    type T = Box<dyn Read + Send>;
+
+    fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
+        let mut file = self.noting(place::open(&self.path))?;
+        file.seek(SeekFrom::Start(start))?;
+        Ok(Box::new(file))
+    }
+
+    fn get_bytes(&self, start: u64, length: usize) -> parquet::errors::Result<bytes::Bytes> {
+        self.noting(place::range(&self.path, start..start + length as u64))
+    }
+}
+
+/// Plain text of a stream, cut into the documents that it has as a file.
+fn text_runs(path: &Path, mut reader: impl Read, each: Each<'_>) -> Result<(), DataError> {
+    let (mut held, mut offset, mut is_all) = (Vec::new(), 0u64, false);
+    loop {
+        while let Some(len) = super::files::text_end(&held, is_all) {
+            let text = std::str::from_utf8(&held[..len]).map_err(|e| DataError::NotUtf8 {
+                path: path.into(),
+                offset: offset + e.valid_up_to() as u64,
+            });
+            if !each(text.map(|t| Raw::Text(t.to_owned())))? {
+                return Ok(());
+            }
+            held.drain(..len);
+            offset += len as u64;
+        }
+        if is_all {
+            return Ok(());
+        }
+        // Twice as much each time, so that a file without lines is not searched over and over.
+        let more = (held.len() as u64).max(1 << 20);
+        let read = reader.by_ref().take(more).read_to_end(&mut held);
+        let read =
+            read.map_err(|e| place::lost(&e).unwrap_or_else(|| DataError::io("read", path)(e)))?;
+        is_all = read == 0;
+    }
+}
+
+fn not_arrow(path: &Path, error: &arrow_schema::ArrowError) -> DataError {
+    if let arrow_schema::ArrowError::IoError(_, io) = error
+        && let Some(lost) = place::lost(io)
+    {
+        return lost;
+    }
+    DataError::Damaged {
+        path: path.into(),
+        offset: 0,
+        what: error.to_string(),
+    }
+}
+
+/// The documents of record batches, in either layout of [`ArrowDocs`]. A batch that cannot be read ends the file.
+fn arrow_rows(
+    path: &Path,
+    schema: &Schema,
+    batches: impl Iterator<Item = Result<RecordBatch, DataError>>,
+    columns: &Columns,
+    each: Each<'_>,
+) -> Result<(), DataError> {
+    let column =
+        find_column(schema, columns).ok_or_else(|| missing_column(path, schema, columns))?;
+    let batchwise = schema.field(column).data_type().is_integer();
+    for (i, batch) in batches.enumerate() {
+        let batch = match batch {
+            Ok(batch) => batch,
+            Err(error) if error.is_of_document() => return each(Err(error)).map(|_| ()),
+            Err(error) => return Err(error),
+        };
+        let damaged = |what: String| DataError::Damaged {
+            path: path.into(),
+            offset: 0,
+            what: format!("record batch {i}: {what}"),
+        };
+        let column = batch.column(column);
+        if batchwise {
+            if !each(integers(column).map(Raw::Tokens).map_err(damaged))? {
+                return Ok(());
+            }
+            continue;
+        }
+        for row in 0..batch.num_rows() {
+            if !each(cell(column, row).map_err(damaged))? {
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The documents of a Megatron pair in an object store.
+fn megatron_docs(path: &Path, each: Each<'_>) -> Result<(), DataError> {
+    let (idx, bin) = (path.with_extension("idx"), path.with_extension("bin"));
+    let bytes = place::range(&idx, 0..place::size(&idx)?)?;
+    let index = super::files::MegatronIndex::read(path, &bytes, place::size(&bin)?)?;
+    let (mut file, mut held) = (
+        BufReader::with_capacity(1 << 20, place::open(&bin)?),
+        Vec::new(),
+    );
+    let mut at = 0;
+    for (start, tokens) in index.spans {
+        held.resize(tokens as usize * index.width.bytes(), 0);
+        let step = if start == at {
+            Ok(())
+        } else {
+            file.seek(SeekFrom::Start(start)).map(|_| ())
+        };
+        let read = step.and_then(|()| file.read_exact(&mut held));
+        read.map_err(|e| place::lost(&e).unwrap_or_else(|| DataError::io("read", &bin)(e)))?;
+        at = start + held.len() as u64;
+        if !each(Ok(Raw::Tokens(index.width.decode(&held))))? {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// The document in one line of JSON.
@@ -212,7 +385,7 @@ fn json_lines(
     path: &Path,
     mut reader: impl BufRead,
     columns: &Columns,
-    each: &mut dyn FnMut(Result<Raw, DataError>) -> Result<bool, DataError>,
+    each: Each<'_>,
 ) -> Result<(), DataError> {
     let (mut line, mut offset) = (Vec::new(), 0u64);
     loop {
@@ -233,6 +406,9 @@ fn json_lines(
                 offset += read as u64;
             }
             Err(e) => {
+                if let Some(lost) = place::lost(&e) {
+                    return Err(lost);
+                }
                 // What follows a break in a compressed stream is lost; the part of a line before it is no document.
                 let at = offset + line.len() as u64;
                 each(Err(DataError::Damaged {
@@ -246,11 +422,11 @@ fn json_lines(
     }
 }
 
-fn parquet_rows(
+fn parquet_rows<R: parquet::file::reader::ChunkReader + 'static>(
     path: &Path,
-    file: File,
+    reader: impl Fn() -> Result<R, DataError>,
     columns: &Columns,
-    each: &mut dyn FnMut(Result<Raw, DataError>) -> Result<bool, DataError>,
+    each: Each<'_>,
 ) -> Result<(), DataError> {
     use parquet::arrow::ProjectionMask;
     use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
@@ -259,10 +435,10 @@ fn parquet_rows(
         offset: at as u64,
         what: e,
     };
-    let open = |file: File| {
-        ParquetRecordBatchReaderBuilder::try_new(file).map_err(|e| damaged(0, e.to_string()))
+    let open = || {
+        ParquetRecordBatchReaderBuilder::try_new(reader()?).map_err(|e| damaged(0, e.to_string()))
     };
-    let first = open(file)?;
+    let first = open()?;
     let column = find_column(first.schema(), columns)
         .ok_or_else(|| missing_column(path, first.schema(), columns))?;
     let offsets: Vec<i64> = first
@@ -273,7 +449,7 @@ fn parquet_rows(
         .collect();
     // One row group at a time: a damaged page costs its group, not the file.
     for (group, &offset) in offsets.iter().enumerate() {
-        let again = open(File::open(path).map_err(DataError::io("open", path))?)?;
+        let again = open()?;
         let mask = ProjectionMask::roots(again.parquet_schema(), [column]);
         let reader = again
             .with_row_groups(vec![group])

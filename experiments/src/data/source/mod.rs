@@ -52,6 +52,23 @@ impl Width {
         }
     }
 
+    /// The tokens that `bytes` store.
+    pub fn decode(self, bytes: &[u8]) -> Vec<u32> {
+        match self {
+            Self::U8 => bytes.iter().map(|&b| u32::from(b)).collect(),
+            Self::U16 => {
+                let (ids, _) = bytes.as_chunks();
+                ids.iter()
+                    .map(|&b| u32::from(u16::from_le_bytes(b)))
+                    .collect()
+            }
+            Self::U32 => {
+                let (ids, _) = bytes.as_chunks();
+                ids.iter().map(|&b| u32::from_le_bytes(b)).collect()
+            }
+        }
+    }
+
     /// The narrowest width for ids below `vocab_size`.
     pub fn for_vocab(vocab_size: usize) -> Self {
         match vocab_size {
@@ -96,46 +113,45 @@ impl Tokens {
 
     /// Token `i < len`.
     pub fn get(&self, i: u64) -> u32 {
-        let mut out = [0];
-        self.copy(i, &mut out);
-        out[0] as u32
+        let i = i as usize;
+        match self {
+            Self::Mapped { map, at, width, .. } => {
+                let bytes = &map[at + i * width.bytes()..][..width.bytes()];
+                let digit = |n, &b: &u8| n << 8 | u32::from(b);
+                bytes.iter().rev().fold(0, digit)
+            }
+            Self::Owned(tokens) => tokens[i],
+        }
     }
 
-    /// Copies tokens `start..start + out.len()`, which must lie inside.
-    pub fn copy(&self, start: u64, out: &mut [i32]) {
+    /// Appends tokens `start..start + len`, which must lie inside.
+    pub fn append(&self, start: u64, len: usize, out: &mut Vec<i32>) {
         let start = start as usize;
         match self {
             Self::Mapped { map, at, width, .. } => {
-                let bytes = &map[at + start * width.bytes()..][..out.len() * width.bytes()];
+                let bytes = &map[at + start * width.bytes()..][..len * width.bytes()];
                 match width {
-                    Width::U8 => out
-                        .iter_mut()
-                        .zip(bytes)
-                        .for_each(|(o, &b)| *o = i32::from(b)),
+                    Width::U8 => out.extend(bytes.iter().map(|&b| i32::from(b))),
                     Width::U16 => {
-                        for (o, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                            *o = i32::from(u16::from_le_bytes([b[0], b[1]]));
-                        }
+                        let (ids, _) = bytes.as_chunks();
+                        out.extend(ids.iter().map(|&b| i32::from(u16::from_le_bytes(b))));
                     }
                     Width::U32 => {
-                        for (o, b) in out.iter_mut().zip(bytes.chunks_exact(4)) {
-                            *o = i32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-                        }
+                        let (ids, _) = bytes.as_chunks();
+                        out.extend(ids.iter().map(|&b| i32::from_le_bytes(b)));
                     }
                 }
             }
             Self::Owned(tokens) => {
-                for (o, &t) in out.iter_mut().zip(&tokens[start..]) {
-                    *o = t as i32;
-                }
+                out.extend(tokens[start..start + len].iter().map(|&t| t as i32));
             }
         }
     }
 
     /// All tokens.
     pub fn to_vec(&self) -> Vec<u32> {
-        let mut out = vec![0; self.len() as usize];
-        self.copy(0, &mut out);
+        let mut out = Vec::with_capacity(self.len() as usize);
+        self.append(0, self.len() as usize, &mut out);
         out.into_iter().map(|t| t as u32).collect()
     }
 }

@@ -14,6 +14,7 @@ use super::{Draw, refuse};
 use crate::data::rng::Rng;
 use crate::data::rows::Split;
 use crate::data::{DataError, EvalSet, Metric, RowMut};
+use marimba_dsl::data as spec;
 
 /// The task and its parameters.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,6 +25,14 @@ pub struct Gaps {
 }
 
 impl Gaps {
+    /// The task of a checked run.
+    ///
+    /// # Errors
+    /// As [`Gaps::new`].
+    pub fn from_data(d: &spec::RecallGaps, seq_len: usize) -> Result<Self, DataError> {
+        Self::new(d.vocab_size, d.n_pairs, d.gaps.clone(), seq_len)
+    }
+
     /// Checks the parameters.
     ///
     /// # Errors
@@ -130,6 +139,19 @@ mod tests {
     #[test]
     fn the_sequence_is_golden() {
         assert_eq!(golden(task()), "148e98b3cdfa6652");
+    }
+
+    #[test]
+    fn a_run_can_name_it() {
+        let data = marimba_dsl::data::Data::RecallGaps(spec::RecallGaps {
+            n_pairs: 4,
+            gaps: vec![0, 10, 100],
+            ..Default::default()
+        });
+        let sets = |t: &Task| crate::data::rows::Rows::eval_sets(t).len();
+        let named = super::super::testing::task(data, 128);
+        assert_eq!(sets(&named), 3);
+        assert_eq!(golden(named), "148e98b3cdfa6652");
     }
 
     #[test]

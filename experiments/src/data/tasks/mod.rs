@@ -127,6 +127,7 @@ impl Task {
             Data::InContextRecall(d) => task!(d, "in-context-recall", recall::Recall::in_context),
             Data::NoisyRecall(d) => task!(d, "noisy-recall", recall::Recall::noisy),
             Data::FuzzyRecall(d) => task!(d, "fuzzy-recall", recall::Fuzzy::new),
+            Data::RecallGaps(d) => task!(d, "recall-gaps", gaps::Gaps::from_data),
             Data::Memorization(d) => task!(d, "memorization", memorization::Memorization::new),
             Data::Compression(d) => task!(d, "compression", compression::Compression::new),
             Data::SelectiveCopying(d) => task!(d, "selective-copying", copying::Selective::new),
