@@ -6,7 +6,7 @@
 mod cpu;
 pub mod dfdx;
 
-pub use cpu::CpuEngine;
+pub use cpu::{CpuEngine, available_bytes};
 
 use marimba_ir::{Graph, Plan, Type};
 use std::collections::HashMap;

@@ -169,6 +169,7 @@ fn sweep(cx: &Cx<'_>, file: &s::Sweep) -> Option<Sweep> {
                 Ok(run) => members.push(Member {
                     name,
                     group: group.clone(),
+                    point: values[0].label.clone(),
                     set,
                     run,
                     doc,
@@ -188,13 +189,25 @@ fn sweep(cx: &Cx<'_>, file: &s::Sweep) -> Option<Sweep> {
     }
     knobs_exist(cx, file, &members);
     let metric = file.metric.clone().unwrap_or_else(|| "loss".to_owned());
-    let less = metric == "loss" || metric.ends_with("/loss");
+    if let Some(baseline) = &file.baseline {
+        let mut groups: Vec<&str> = members.iter().map(|m| m.group.as_str()).collect();
+        groups.dedup();
+        if !members.is_empty() && !groups.contains(&baseline.as_str()) {
+            cx.error(
+                &top.at("baseline"),
+                "sweep::baseline",
+                format!("no group is named `{baseline}`"),
+                "names no group",
+                suggest(baseline, &groups),
+            );
+        }
+    }
     Some(Sweep {
         name,
-        goal: file
-            .goal
-            .unwrap_or(if less { Goal::Min } else { Goal::Max }),
+        goal: file.goal.unwrap_or(Goal::of_metric(&metric)),
         metric,
+        question: file.question.clone(),
+        baseline: file.baseline.clone(),
         members,
         hold: file.hold.clone(),
         halving: file.halving,
@@ -745,7 +758,7 @@ impl Sweep {
             if r.relative().is_nan() || r.relative().abs() > hold.tolerance {
                 errors.push(Diagnostic {
                     code: "sweep::hold",
-                    message: format!("member `{}` cannot be brought to {:?} = {target}: the nearest is {reached} ({:+.2}%)", m.name, hold.quantity, 100.0 * r.relative()),
+                    message: format!("member `{}` cannot be brought to {} = {target}: the nearest is {reached} ({:+.2}%)", m.name, hold.quantity.name(), 100.0 * r.relative()),
                     at: None,
                     label: String::new(),
                     help: Some(match r.knobs.is_empty() {

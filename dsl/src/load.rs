@@ -109,7 +109,11 @@ impl Document {
         };
         let Some(run) = run else { return Ok(()) };
         include(run)?;
-        run.get_mut("model").map_or(Ok(()), include)
+        run.get_mut("model").map_or(Ok(()), include)?;
+        let transfer = run.get_mut("transfer");
+        transfer
+            .and_then(|t| t.get_mut("base"))
+            .map_or(Ok(()), include)
     }
 
     /// Applies one override.
@@ -126,7 +130,8 @@ impl Document {
 
     pub(crate) fn set_node(&mut self, path: &str, key: &Span, value: Node) -> Result<(), Report> {
         self.root.set(path, key, value).map_err(Report::of)?;
-        if matches!(path, "model" | "base" | "base.model") {
+        let names = ["model", "base", "transfer", "transfer.base"];
+        if names.contains(&path.strip_prefix("base.").unwrap_or(path)) {
             self.include()
         } else {
             Ok(())

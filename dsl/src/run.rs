@@ -25,6 +25,8 @@ pub struct Run {
     pub z_loss: f64,
     /// Penalty on mean-square activations (Jamba-1.5).
     pub activation_loss: Option<ActivationLoss>,
+    /// Learning-rate transfer from a narrower model.
+    pub transfer: Option<Transfer>,
     /// What is kept for the backward pass.
     pub recompute: Recompute,
     /// Steps between log lines.
@@ -39,6 +41,14 @@ pub struct Run {
     pub backend: Backend,
     /// Forbid anything that is not bitwise reproducible.
     pub deterministic: bool,
+}
+
+/// Initial values, learning rates and multipliers follow the width, so that a learning rate found on the base serves this model too
+/// (muP, arXiv 2203.03466).
+#[derive(Clone, Debug, PartialEq)]
+pub struct Transfer {
+    /// The same model with other widths, on which the learning rate was found.
+    pub base: Model,
 }
 
 /// A stretch of steps with one data source and one schedule.
@@ -238,17 +248,44 @@ impl Default for Checkpoint {
     }
 }
 
-/// Stop as soon as an evaluation metric reaches a threshold.
+/// Stop as soon as an evaluation metric is good enough, or has stopped getting better. One of `threshold` and `patience` is required.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EarlyStop {
     /// Metric of an evaluation, such as `"accuracy"` or `"loss"`; with several sets, the mean over them, or `"set/accuracy"`.
     pub metric: String,
-    /// The value to reach.
-    pub threshold: f64,
-    /// Stop at or above (`Max`, default) or at or below (`Min`) the threshold.
-    #[serde(default)]
-    pub goal: Goal,
+    /// Stop once the metric is as good as this. Default: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threshold: Option<f64>,
+    /// Stop after so many evaluations in a row without a new best value, 1 or more. Default: never.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub patience: Option<usize>,
+    /// Which way is better. Default Min for `"loss"` and names that end in `/loss`, else Max.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub goal: Option<Goal>,
+}
+
+impl EarlyStop {
+    /// Whether to stop after evaluations that gave these values, in their order.
+    pub fn stops(&self, values: &[f64]) -> bool {
+        let goal = self.goal.unwrap_or_else(|| Goal::of_metric(&self.metric));
+        let Some(&last) = values.last() else {
+            return false;
+        };
+        let reached = self
+            .threshold
+            .is_some_and(|t| last == t || goal.better(last, t));
+        let stale = || {
+            let mut best: Option<(usize, f64)> = None;
+            for (i, &v) in values.iter().enumerate() {
+                if !v.is_nan() && best.is_none_or(|(_, b)| goal.better(v, b)) {
+                    best = Some((i, v));
+                }
+            }
+            values.len() - best.map_or(0, |(i, _)| i + 1)
+        };
+        reached || self.patience.is_some_and(|n| stale() >= n)
+    }
 }
 
 /// Which way is better.
@@ -259,6 +296,25 @@ pub enum Goal {
     Max,
     /// Less is better.
     Min,
+}
+
+impl Goal {
+    /// Of an evaluation metric by its name: less for losses, more for everything else.
+    pub fn of_metric(name: &str) -> Goal {
+        if name == "loss" || name.ends_with("/loss") {
+            Goal::Min
+        } else {
+            Goal::Max
+        }
+    }
+
+    /// Whether `a` is strictly better than `b`; false where either is NaN.
+    pub fn better(self, a: f64, b: f64) -> bool {
+        match self {
+            Goal::Max => a > b,
+            Goal::Min => a < b,
+        }
+    }
 }
 
 /// Where a run executes.
@@ -386,6 +442,24 @@ mod tests {
             .abs()
                 < 1e-12
         );
+    }
+
+    #[test]
+    fn early_stops() {
+        let stop = |metric: &str, threshold, patience| EarlyStop {
+            metric: metric.to_owned(),
+            threshold,
+            patience,
+            goal: None,
+        };
+        let good = stop("accuracy", Some(0.9), None);
+        assert!(!good.stops(&[0.95, 0.8]) && good.stops(&[0.9]) && !good.stops(&[]));
+        let low = stop("text/loss", Some(2.0), None);
+        assert!(low.stops(&[1.9]) && !low.stops(&[2.1]));
+        let stale = stop("loss", None, Some(2));
+        assert!(!stale.stops(&[3.0, 2.0, 2.5]));
+        assert!(stale.stops(&[3.0, 2.0, 2.5, 2.0]));
+        assert!(stale.stops(&[f64::NAN, f64::NAN]) && !stale.stops(&[3.0, f64::NAN, 2.0]));
     }
 
     #[test]

@@ -13,6 +13,10 @@ pub struct Sweep {
     pub metric: String,
     /// Which way is better.
     pub goal: Goal,
+    /// What the sweep is to answer, for the report.
+    pub question: Option<String>,
+    /// The group that the others are tested against; `None`: the best.
+    pub baseline: Option<String>,
     /// Every member, in the order of the file: points outermost, then axes as listed, seeds innermost. Names are unique.
     pub members: Vec<Member>,
     /// Constraints that members are adjusted to before they run.
@@ -28,6 +32,8 @@ pub struct Member {
     pub name: String,
     /// As `name` without the seed: members of one group are repetitions of one another.
     pub group: String,
+    /// Name of its point; empty where the sweep has none.
+    pub point: String,
     /// What was changed in the base run, as (path, value in RON).
     pub set: Vec<(String, String)>,
     /// The whole run.
@@ -65,15 +71,28 @@ pub enum Quantity {
     /// Parameters that one token uses.
     #[serde(rename = "params_active")]
     ParamsActive,
-    /// Training FLOPs per token.
+    /// FLOPs of the forward pass per token at the run's `seq_len`.
     #[serde(rename = "flops_per_token")]
     FlopsPerToken,
-    /// Recurrent state and KV cache of one sequence at the run's `seq_len`.
+    /// Recurrent state of one sequence, without the KV cache.
     #[serde(rename = "state_bytes")]
     StateBytes,
-    /// Bytes read to decode one token.
+    /// What decoding carries for one sequence: recurrent state and KV cache at the run's `seq_len`.
     #[serde(rename = "decode_bytes")]
     DecodeBytes,
+}
+
+impl Quantity {
+    /// As it stands in a file.
+    pub fn name(self) -> &'static str {
+        match self {
+            Quantity::ParamsTotal => "params_total",
+            Quantity::ParamsActive => "params_active",
+            Quantity::FlopsPerToken => "flops_per_token",
+            Quantity::StateBytes => "state_bytes",
+            Quantity::DecodeBytes => "decode_bytes",
+        }
+    }
 }
 
 /// A whole-number field that a solver may change.
@@ -95,7 +114,8 @@ fn one() -> usize {
     1
 }
 
-/// Successive halving: after each rung only the best go on.
+/// Successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943): all groups train to the first rung, and after each rung only
+/// the best of them, by the sweep's metric there (mean over seeds), go on to the next. Schedules span the whole run.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Halving {
@@ -110,6 +130,24 @@ fn two() -> usize {
     2
 }
 
+impl Halving {
+    /// Steps at which groups are compared: `first_steps`, then `factor` times as many, below `total`.
+    pub fn rungs(&self, total: usize) -> Vec<usize> {
+        let mut rungs = Vec::new();
+        let mut at = self.first_steps.max(1);
+        while at < total {
+            rungs.push(at);
+            at = at.saturating_mul(self.factor.max(2));
+        }
+        rungs
+    }
+
+    /// How many of `n` groups go on after a rung: one in `factor`, rounded up.
+    pub fn survivors(&self, n: usize) -> usize {
+        n.div_ceil(self.factor.max(2)).max(1)
+    }
+}
+
 /// What [`Hold`] needs to know of a model; filled in by a floor that can count.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Counts {
@@ -117,11 +155,11 @@ pub struct Counts {
     pub params_total: f64,
     /// Parameters that one token uses.
     pub params_active: f64,
-    /// Training FLOPs per token.
+    /// Forward FLOPs per token.
     pub flops_per_token: f64,
-    /// State bytes of one sequence.
+    /// Recurrent state of one sequence, bytes.
     pub state_bytes: f64,
-    /// Bytes read to decode one token.
+    /// Recurrent state and KV cache of one sequence, bytes.
     pub decode_bytes: f64,
 }
 
@@ -135,5 +173,22 @@ impl Counts {
             Quantity::StateBytes => self.state_bytes,
             Quantity::DecodeBytes => self.decode_bytes,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rungs_grow_by_the_factor_and_end_before_the_end() {
+        let h = Halving {
+            first_steps: 10,
+            factor: 3,
+        };
+        assert_eq!(h.rungs(90), [10, 30]);
+        assert_eq!(h.rungs(91), [10, 30, 90]);
+        assert!(h.rungs(10).is_empty());
+        assert_eq!([9, 4, 3, 1].map(|n| h.survivors(n)), [3, 2, 1, 1]);
     }
 }

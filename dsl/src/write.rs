@@ -464,6 +464,9 @@ pub fn surface_run(run: &Run) -> r::Run {
         grad_clip: run.grad_clip,
         z_loss: run.z_loss,
         activation_loss: run.activation_loss.clone(),
+        transfer: run.transfer.as_ref().map(|t| r::Transfer {
+            base: Box::new(surface_model(&t.base)),
+        }),
         recompute: run.recompute,
         log_every: run.log_every,
         checkpoint: run.checkpoint,

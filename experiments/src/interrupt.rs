@@ -19,6 +19,11 @@ pub fn install() {
     });
 }
 
+/// Asks to stop, as Ctrl-C does where the terminal does not turn it into a signal; returns whether that had been asked before.
+pub fn request() -> bool {
+    REQUESTED.swap(true, Ordering::SeqCst)
+}
+
 /// Whether the user asked to stop.
 pub fn requested() -> bool {
     REQUESTED.load(Ordering::SeqCst)

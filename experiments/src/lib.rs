@@ -12,6 +12,8 @@ pub mod interrupt;
 pub mod program;
 pub mod record;
 pub mod report;
+pub mod slurm;
 pub mod sweep;
 pub mod train;
+pub mod transfer;
 pub mod verify;

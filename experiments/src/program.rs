@@ -2,12 +2,12 @@
 
 use marimba_dsl::model::Model;
 use marimba_dsl::run::{ActivationLoss, Recompute, Run, Tap};
-use marimba_ir::lower::{Logits, OptimizerConfig};
+use marimba_ir::lower::{Logits, OptimizerConfig, update_scaled};
 use marimba_ir::pass::{self, PassError, RecomputePolicy, Taps};
 use marimba_ir::{
-    Graph, Options, Plan, TypeError, ValueId, VerifyError, differentiate, lower, plan, update,
-    verify,
+    Graph, Options, Plan, TypeError, ValueId, VerifyError, differentiate, lower, plan, verify,
 };
+use std::collections::BTreeMap;
 
 /// Input that holds the coefficient of the activation loss.
 pub const ACTIVATION_ALPHA: &str = "activation_alpha";
@@ -154,11 +154,15 @@ pub fn inference(
     )
 }
 
-/// The optimiser step: inputs `lr step`; output `grad_norm`.
+/// The optimiser step: inputs `lr step`; output `grad_norm`. `lr_scales` are factors on the learning rate by parameter, 1 where not named.
 ///
 /// # Errors
 /// [`CompileError`]: a bug.
-pub fn optimizer(params: &[marimba_ir::Param], run: &Run) -> Result<Program, CompileError> {
+pub fn optimizer(
+    params: &[marimba_ir::Param],
+    run: &Run,
+    lr_scales: &BTreeMap<String, f64>,
+) -> Result<Program, CompileError> {
     let o = &run.optimizer;
     let config = OptimizerConfig {
         betas: o.betas,
@@ -166,7 +170,8 @@ pub fn optimizer(params: &[marimba_ir::Param], run: &Run) -> Result<Program, Com
         weight_decay: o.weight_decay,
         clip: run.grad_clip,
     };
-    let graph = update(params, &config)?;
+    let scale = |p: &marimba_ir::Param| lr_scales.get(&p.name).copied().unwrap_or(1.0);
+    let graph = update_scaled(params, &config, &scale)?;
     verify(&graph)?;
     let plan = plan(&graph);
     Ok(Program { graph, plan })

@@ -57,6 +57,12 @@ const EXERCISE: &str = r##"<script>
   head.click(); want("sorts up", names() !== ranked); head.click(); want("sorts down", names() === ranked);
   const [cost] = all("#trade-controls select");
   for (const o of [...cost.options]) { cost.value = o.value; cost.dispatchEvent(new Event("change")); want("cost " + o.textContent, all("#scatter circle").length === 5); }
+  for (const box of all("#trade-controls input[type=checkbox]")) { box.click(); want("log cost axes", all("#scatter circle").length === 5); box.click(); }
+  const kinds = all("#config-controls select")[2];
+  want("graphs to compare", kinds && kinds.options.length === 2);
+  kinds.value = "graph"; kinds.dispatchEvent(new Event("change"));
+  want("graph difference", all("#config-diff .add").length > 0 && document.getElementById("config-diff").textContent.includes("%1"));
+  kinds.value = "config"; kinds.dispatchEvent(new Event("change"));
   want("difference", all("#config-diff .add").length > 0 && all("#config-diff .del").length > 0);
   document.getElementById("theme").click(); document.getElementById("theme").click();
   document.title = bad.length ? "FAILED " + bad.join("; ") : "EXERCISED";
@@ -128,6 +134,8 @@ fn sweep(dir: &Path) {
                 final_metrics: [("eval/accuracy".to_owned(), last)].into(),
                 best_metrics: [("eval/accuracy".to_owned(), last)].into(),
                 config_hash: format!("{i}{seed}"),
+                graph_hash: String::new(),
+                data_hash: String::new(),
                 axes: [("mixer".to_owned(), group.to_owned())].into(),
             })
             .unwrap();

@@ -4,7 +4,7 @@ use marimba_dsl::run::Run;
 use marimba_dsl::{Source, Valid, parse_run, parse_sweep};
 use marimba_experiments::engine;
 use marimba_experiments::facts::Facts;
-use marimba_experiments::sweep::{self, Ended, Event, SweepObserver};
+use marimba_experiments::sweep::{self, Ended, Event, SweepObserver, SweepRequest};
 use marimba_experiments::train::{
     LogLine, Observer, Outcome, StepOutcome, TrainError, TrainRequest, Trainer, train,
 };
@@ -55,6 +55,7 @@ fn go(
         resolved: &run.to_ron(),
         out,
         resume,
+        until: None,
         threads,
         group: "t",
         axes: BTreeMap::new(),
@@ -229,7 +230,15 @@ fn members_fail_alone_and_never_run_twice() {
          seeds: [0, 1] )"
     );
     let sweep = parse_sweep(&Source::new("s.ron", text), &[]).unwrap_or_else(|r| panic!("{r}"));
-    let first = sweep::run(&sweep, "", dir.path(), 2, Box::new(Silent));
+    let request = SweepRequest {
+        sweep: &sweep,
+        source: "",
+        out: dir.path(),
+        jobs: 2,
+        threads: None,
+        only: None,
+    };
+    let first = sweep::run(&request, Box::new(Silent));
     let kinds = |ended: &[Ended]| -> Vec<&'static str> {
         ended
             .iter()
@@ -237,12 +246,16 @@ fn members_fail_alone_and_never_run_twice() {
                 Ended::AlreadyDone => "done before",
                 Ended::Finished(_) => "finished",
                 Ended::Failed(why) if why.contains("absent.txt") => "failed",
-                Ended::Failed(_) | Ended::Interrupted | Ended::NotBegun => "other",
+                Ended::Failed(_)
+                | Ended::Halved(_)
+                | Ended::Paused(_)
+                | Ended::Interrupted
+                | Ended::NotBegun => "other",
             })
             .collect()
     };
     assert_eq!(kinds(&first), ["finished", "finished", "failed", "failed"]);
-    let second = sweep::run(&sweep, "", dir.path(), 2, Box::new(Silent));
+    let second = sweep::run(&request, Box::new(Silent));
     assert_eq!(
         kinds(&second),
         ["done before", "done before", "failed", "failed"]

@@ -144,7 +144,7 @@ fn ask_for_huge_pages(_: NonNull<u8>, _: usize) {}
 
 /// Bytes this process may still take: the smaller of what the kernel calls available and what its control group leaves.
 /// `None` where neither can be read (not Linux).
-pub(super) fn available_bytes() -> Option<usize> {
+pub fn available_bytes() -> Option<usize> {
     let meminfo = std::fs::read_to_string("/proc/meminfo")
         .ok()
         .and_then(|text| mem_available(&text));

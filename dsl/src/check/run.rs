@@ -2,7 +2,7 @@
 
 use super::data::{Given, data, own_seq_len};
 use super::{At, Cx};
-use crate::run::{ActivationLoss, AdamW, Decay, Eval, Phase, Run, Schedule, Warmup};
+use crate::run::{ActivationLoss, AdamW, Decay, Eval, Phase, Run, Schedule, Transfer, Warmup};
 use crate::syntax::run as s;
 
 /// Resolves a run that stands at `at` in the document. `None` when anything is wrong.
@@ -23,6 +23,10 @@ pub(crate) fn run(cx: &Cx<'_>, at: &At, file: &s::Run) -> Option<Run> {
     if let Some(a) = &file.activation_loss {
         activation_loss(cx, &at.at("activation_loss"), a);
     }
+    let transfer = file.transfer.as_ref().map(|t| {
+        let base = super::model(cx, &at.at("transfer").at("base"), &t.base);
+        base.map(|base| Transfer { base })
+    });
     cx.positive(at, "log_every", file.log_every);
     let ck = at.at("checkpoint");
     if let Some(n) = file.checkpoint.every {
@@ -34,7 +38,21 @@ pub(crate) fn run(cx: &Cx<'_>, at: &At, file: &s::Run) -> Option<Run> {
     }
     if let Some(e) = &file.early_stop {
         let at = at.at("early_stop");
-        cx.finite(&at, "threshold", e.threshold);
+        if let Some(t) = e.threshold {
+            cx.finite(&at, "threshold", t);
+        }
+        if let Some(n) = e.patience {
+            cx.positive(&at, "patience", n);
+        }
+        if e.threshold.is_none() && e.patience.is_none() && !cx.struck(&at) {
+            cx.error(
+                &at,
+                "run::early_stop",
+                "an early stop that never stops",
+                "needs `threshold` or `patience`",
+                "",
+            );
+        }
         if e.metric.trim().is_empty() {
             cx.error(
                 &at.at("metric"),
@@ -203,6 +221,10 @@ pub(crate) fn run(cx: &Cx<'_>, at: &At, file: &s::Run) -> Option<Run> {
         grad_clip: file.grad_clip,
         z_loss: file.z_loss,
         activation_loss: file.activation_loss.clone(),
+        transfer: match transfer {
+            Some(t) => Some(t?),
+            None => None,
+        },
         recompute: file.recompute,
         log_every: file.log_every,
         checkpoint: file.checkpoint,

@@ -70,6 +70,9 @@ pub struct Run {
     /// Activation loss. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub activation_loss: Option<ActivationLoss>,
+    /// Learning-rate transfer over widths (muP). Default none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transfer: Option<Transfer>,
     /// None (default), Block or Budget(bytes).
     pub recompute: Recompute,
     /// Steps between log lines, 1 or more. Default 10.
@@ -107,6 +110,7 @@ impl Default for Run {
             grad_clip: Some(1.0),
             z_loss: 0.0,
             activation_loss: None,
+            transfer: None,
             recompute: Recompute::default(),
             log_every: 10,
             checkpoint: Checkpoint::default(),
@@ -116,6 +120,14 @@ impl Default for Run {
             deterministic: true,
         }
     }
+}
+
+/// Learning-rate transfer over widths.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Transfer {
+    /// The same model with other widths, on which `optimizer.lr` was found: a path, `File(..)`, or the model itself. Required.
+    pub base: Box<Model>,
 }
 
 /// One phase; what it leaves out is taken from the run.

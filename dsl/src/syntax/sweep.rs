@@ -39,6 +39,10 @@ pub struct Sweep {
     pub seeds: Vec<u64>,
     /// Metric that is compared. Default `"loss"`.
     pub metric: Option<String>,
+    /// What the sweep is to answer; stands over its report. Default none.
+    pub question: Option<String>,
+    /// Group that the others are tested against. Default: the best.
+    pub baseline: Option<String>,
     /// Max or Min; default Min for `"loss"` and names that end in `/loss`, else Max.
     pub goal: Option<Goal>,
     /// Hold a count equal over members by turning knobs. Default none.

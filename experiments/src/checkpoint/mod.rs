@@ -130,6 +130,23 @@ pub fn list(root: &Path) -> Result<Vec<(u64, PathBuf)>, CheckpointError> {
     Ok(found)
 }
 
+/// Removes what processes that died while writing left below `root`. Only for who alone may write there.
+///
+/// # Errors
+/// [`CheckpointError::Io`] when a leftover cannot be removed.
+pub fn sweep_unfinished(root: &Path) -> Result<(), CheckpointError> {
+    let Ok(entries) = fs::read_dir(root) else {
+        return Ok(());
+    };
+    for path in entries.flatten().map(|e| e.path()) {
+        let name = path.file_name().map(|n| n.to_string_lossy().into_owned());
+        if name.is_some_and(|n| n.starts_with(".tmp-")) {
+            fs::remove_dir_all(&path).map_err(CheckpointError::io("remove", &path))?;
+        }
+    }
+    Ok(())
+}
+
 /// The last checkpoint below `root`, if there is one.
 ///
 /// # Errors

@@ -1,6 +1,7 @@
 //! `marimba compare DIR...`
 
 use super::{CliError, print_json};
+use crate::record::SweepFile;
 use crate::record::files::write_atomic;
 use crate::report;
 use clap::Args;
@@ -34,13 +35,16 @@ pub(super) struct CompareArgs {
 
 pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
     let runs = report::load::load(&args.dirs).map_err(|e| CliError::Other(e.to_string()))?;
-    let options = report::compare::Options {
-        metric: args.metric.clone(),
-        goal: None,
-        baseline: args.baseline.clone(),
-        title: None,
-        question: None,
+    let mut options = match &args.dirs[..] {
+        [dir] => SweepFile::read(dir)?
+            .map(|f| report::compare::Options::of_sweep(&f))
+            .unwrap_or_default(),
+        _ => report::compare::Options::default(),
     };
+    if args.metric.is_some() {
+        (options.metric, options.goal) = (args.metric.clone(), None);
+    }
+    options.baseline = args.baseline.clone().or(options.baseline);
     let comparison = report::compare::compare(&runs, &options);
     if let Some(path) = &args.html {
         report::html::write(path, &comparison, &runs)?;

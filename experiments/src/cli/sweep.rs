@@ -1,18 +1,24 @@
 //! `marimba sweep FILE`
 
-use super::{CliError, Sets, live};
+use super::{CliError, Sets, live, print_json};
+use crate::record::SweepFile;
 use crate::report;
-use crate::sweep::{self, Ended, Found};
+use crate::slurm::ArrayJob;
+use crate::sweep::{self, Ended, Finder, Found, SweepRequest};
 use crate::{engine, interrupt};
-use clap::Args;
+use clap::{Args, ValueEnum};
+
 use marimba_dsl::sweep::Sweep;
-use marimba_dsl::{Source, parse_sweep};
+use marimba_dsl::{Residual, Source, parse_sweep};
+use serde_json::json;
+use std::collections::BTreeMap;
+use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 /// Run all members of a sweep.
 #[derive(Args)]
 #[command(
-    after_help = "Examples:\n  marimba sweep experiments/quickstart.ron\n  marimba sweep experiments/quickstart.ron --dry-run\n  marimba sweep experiments/quickstart.ron --jobs 4 --resume"
+    after_help = "Examples:\n  marimba sweep experiments/quickstart.ron\n  marimba sweep experiments/quickstart.ron --dry-run\n  marimba sweep experiments/quickstart.ron --jobs 4 --resume\n  marimba sweep experiments/quickstart.ron --launcher slurm --out /shared/quickstart --slurm-option=--partition=cpu"
 )]
 pub(super) struct SweepArgs {
     /// A sweep file
@@ -22,7 +28,10 @@ pub(super) struct SweepArgs {
     /// Members that run at the same time; threads are shared out among them [default: one per core]
     #[arg(long)]
     jobs: Option<usize>,
-    /// List the members and what stands in their folders; run nothing
+    /// Threads of a member [default: the cores over the jobs; with slurm: 1]
+    #[arg(long)]
+    threads: Option<usize>,
+    /// List the members, what they were adjusted to, and what stands in their folders; run nothing
     #[arg(long)]
     dry_run: bool,
     /// Continue members that were begun but not finished
@@ -31,56 +40,105 @@ pub(super) struct SweepArgs {
     /// Folder of the sweep [default: runs/NAME]
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Print the comparison as JSON on stdout
+    /// Run only the member of this number, from 0 (may be repeated); continues it where it was begun, and makes no report
+    #[arg(long = "member", value_name = "N")]
+    members: Vec<usize>,
+    /// Where members run
+    #[arg(long, value_enum, default_value = "local")]
+    launcher: Launcher,
+    /// With slurm: an option of sbatch, such as --slurm-option=--partition=cpu (may be repeated)
+    #[arg(long = "slurm-option", value_name = "OPTION")]
+    slurm_options: Vec<String>,
+    /// With slurm: wait for all tasks, then compare the members
+    #[arg(long)]
+    wait: bool,
+    /// Print the comparison (with --dry-run: the members) as JSON on stdout
     #[arg(long)]
     json: bool,
+}
+
+/// Launchers.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Launcher {
+    /// In this process, several at a time
+    Local,
+    /// As one array job of a Slurm cluster, a task a member
+    Slurm,
 }
 
 pub(super) fn run(args: &SweepArgs) -> Result<(), CliError> {
     let source = Source::read(&args.file)?;
     let sweep = parse_sweep(&source, &args.sets.sets)?;
-    if sweep.hold.is_some() || sweep.halving.is_some() {
-        return Err(CliError::Other(format!(
-            "{}: hold and halving are checked but cannot be run yet; take them out to run all members as they are written",
-            args.file.display()
-        )));
-    }
+    let (sweep, residuals) = sweep.solve(&sweep::counts)?;
     let out = args
         .out
         .clone()
         .unwrap_or_else(|| PathBuf::from("runs").join(&sweep.name));
-    let found: Vec<Found> = sweep.members.iter().map(|m| sweep::find(&out, m)).collect();
+    let finder = Finder::default();
+    let found: Vec<Found> = sweep.members.iter().map(|m| finder.find(&out, m)).collect();
     if args.dry_run {
-        for (member, found) in sweep.members.iter().zip(&found) {
-            let word = match found {
-                Found::Nothing => "to run",
-                Found::Done(_) => "done",
-                Found::Begun => "begun",
-                Found::Other => "another configuration is there",
-            };
-            println!("{:32} {word}", member.name);
-        }
-        return Ok(());
+        return dry_run(&sweep, &residuals, &found, args.json);
+    }
+    if let Some(n) = args.members.iter().find(|n| **n >= sweep.members.len()) {
+        return Err(CliError::Other(format!(
+            "there is no member {n}; {} has members 0 to {}",
+            args.file.display(),
+            sweep.members.len().saturating_sub(1)
+        )));
+    }
+    let file = SweepFile::of(&sweep, residuals.first().map(|r| r.target));
+    if args.launcher == Launcher::Slurm {
+        return slurm(args, &sweep, &file, &out, &found);
     }
     let begun = found.iter().filter(|f| **f == Found::Begun).count();
-    if begun > 0 && !args.resume {
+    if begun > 0 && !args.resume && args.members.is_empty() {
         return Err(CliError::Other(format!(
             "{begun} members in {} were begun but not finished; add --resume to continue them, or give another --out",
             out.display()
         )));
     }
     interrupt::install();
-    let jobs = args.jobs.unwrap_or_else(engine::cores).max(1);
-    let ended = sweep::run(&sweep, &source.text, &out, jobs, live::observer(&sweep));
+    let only = (!args.members.is_empty()).then_some(args.members.as_slice());
+    if only.is_none() {
+        file.write(&out)?;
+    } else if sweep.halving.is_some() {
+        return Err(CliError::Other(
+            "a member of a sweep with halving cannot run alone: the others decide how far it goes; leave --member out"
+                .into(),
+        ));
+    }
+    let request = SweepRequest {
+        sweep: &sweep,
+        source: &source.text,
+        out: &out,
+        jobs: args.jobs.unwrap_or_else(engine::cores).max(1),
+        threads: args.threads,
+        only,
+    };
+    let ended = sweep::run(&request, live::observer(&sweep));
 
-    let failed = ended
+    let failed: Vec<&str> = ended
         .iter()
-        .filter(|e| matches!(e, Ended::Failed(_)))
-        .count();
-    let stopped = ended
-        .iter()
-        .any(|e| matches!(e, Ended::Interrupted | Ended::NotBegun));
-    conclude(&sweep, &out, args.json)?;
+        .filter_map(|e| match e {
+            Ended::Failed(why) => Some(why.as_str()),
+            Ended::AlreadyDone
+            | Ended::Finished(_)
+            | Ended::Halved(_)
+            | Ended::Paused(_)
+            | Ended::Interrupted
+            | Ended::NotBegun => None,
+        })
+        .collect();
+    let chosen = |i: &usize| only.is_none_or(|o| o.contains(i));
+    let stopped = (0..ended.len()).filter(chosen).any(|i| {
+        matches!(
+            ended[i],
+            Ended::Interrupted | Ended::NotBegun | Ended::Paused(_)
+        )
+    });
+    if only.is_none() {
+        conclude(&file, &out, args.json)?;
+    }
     if stopped {
         eprintln!(
             "stopped; continue with: marimba sweep {} --out {} --resume",
@@ -89,40 +147,158 @@ pub(super) fn run(args: &SweepArgs) -> Result<(), CliError> {
         );
         return Err(CliError::Interrupted);
     }
-    if failed > 0 {
-        return Err(CliError::Other(format!(
-            "{failed} of {} members failed; the table shows the others",
+    match failed[..] {
+        [] => Ok(()),
+        [why] if only.is_some() => Err(CliError::Other(why.to_owned())),
+        _ => Err(CliError::Other(format!(
+            "{} of {} members failed; the table shows the others",
+            failed.len(),
             ended.len()
-        )));
+        ))),
+    }
+}
+
+/// Lists what would run.
+fn dry_run(
+    sweep: &Sweep,
+    residuals: &[Residual],
+    found: &[Found],
+    as_json: bool,
+) -> Result<(), CliError> {
+    let word = |f: &Found| match f {
+        Found::Nothing => "to run".to_owned(),
+        Found::Done(_) => "done".to_owned(),
+        Found::Begun => "begun".to_owned(),
+        Found::Stopped(step) => format!("ended by halving at step {step}"),
+        Found::Other(what) => format!("another {what} is there"),
+    };
+    let held = sweep.hold.as_ref().map(|h| h.quantity.name());
+    if as_json {
+        let rows = sweep.members.iter().zip(found).enumerate().map(|(i, (m, f))| {
+            let mut row = json!({ "member": m.name, "group": m.group, "state": word(f), "set": m.set.iter().cloned().collect::<BTreeMap<_, _>>() });
+            if let (Some(r), Some(map)) = (residuals.get(i), row.as_object_mut()) {
+                map.insert("held".into(), json!({ "quantity": held, "target": r.target, "reached": r.reached, "residual": r.relative(), "knobs": r.knobs.iter().cloned().collect::<BTreeMap<_, _>>() }));
+            }
+            row
+        });
+        return print_json(&rows.collect::<Vec<_>>());
+    }
+    let width = sweep.members.iter().map(|m| m.name.chars().count()).max();
+    let width = width.unwrap_or(0).max("member".len());
+    let mut text = String::new();
+    if let (Some(quantity), Some(first)) = (held, residuals.first()) {
+        let _ = writeln!(text, "held: {quantity} = {}\n", first.target);
+        let _ = writeln!(
+            text,
+            "{:width$}  {:>16}  {:>8}  {:34}  state",
+            "member", quantity, "off", "turned"
+        );
+    }
+    for (i, (member, found)) in sweep.members.iter().zip(found).enumerate() {
+        let _ = write!(text, "{:width$}  ", member.name);
+        if let Some(r) = residuals.get(i) {
+            let knobs: Vec<String> = r.knobs.iter().map(|(k, v)| format!("{k} = {v}")).collect();
+            let knobs = if knobs.is_empty() {
+                "–".into()
+            } else {
+                knobs.join(", ")
+            };
+            let _ = write!(
+                text,
+                "{:>16}  {:>8}  {knobs:34}  ",
+                r.reached,
+                report::table::percent(r.relative())
+            );
+        }
+        let _ = writeln!(text, "{}", word(found));
+    }
+    print!("{text}");
+    if let Some(h) = sweep.halving {
+        let total = sweep.members.iter().map(|m| m.run.total_steps()).max();
+        let rungs = h.rungs(total.unwrap_or(0));
+        println!(
+            "\nhalving: one in {} goes on after the steps {rungs:?}",
+            h.factor
+        );
     }
     Ok(())
 }
 
+/// Submits what is not done as an array job.
+fn slurm(
+    args: &SweepArgs,
+    sweep: &Sweep,
+    file: &SweepFile,
+    out: &Path,
+    found: &[Found],
+) -> Result<(), CliError> {
+    if sweep.halving.is_some() {
+        return Err(CliError::Other(
+            "halving compares members while they run, which tasks of an array job cannot do; take halving out, or run with --launcher local"
+                .into(),
+        ));
+    }
+    let wanted = |i: &usize| args.members.is_empty() || args.members.contains(i);
+    let members: Vec<usize> = (0..found.len())
+        .filter(wanted)
+        .filter(|&i| !matches!(found[i], Found::Done(_)))
+        .collect();
+    file.write(out)?;
+    if members.is_empty() {
+        eprintln!("all members are done");
+        return conclude(file, out, args.json);
+    }
+    let absolute = |p: &Path| std::path::absolute(p);
+    let (out, cwd) = (absolute(out)?, std::env::current_dir()?);
+    let threads = args.threads.unwrap_or(1).max(1);
+    let mut command = vec![
+        std::env::current_exe()?.display().to_string(),
+        "sweep".to_owned(),
+        absolute(&args.file)?.display().to_string(),
+    ];
+    for set in &args.sets.sets {
+        command.extend(["--set".to_owned(), format!("{}={}", set.path, set.value)]);
+    }
+    command.extend(["--out".to_owned(), out.display().to_string()]);
+    command.extend(["--threads".to_owned(), threads.to_string()]);
+    let job = ArrayJob {
+        name: &sweep.name,
+        members: &members,
+        at_once: args.jobs,
+        threads,
+        command: &command,
+        options: &args.slurm_options,
+        out: &out,
+        cwd: &cwd,
+    };
+    if args.wait {
+        eprintln!("waiting for {} tasks", members.len());
+    }
+    let id = job
+        .submit(args.wait)
+        .map_err(|e| CliError::Other(e.to_string()))?;
+    if args.wait {
+        return conclude(file, &out, args.json);
+    }
+    eprintln!(
+        "submitted job {id}: {} members; logs in {}; once done (or before): marimba compare {}",
+        members.len(),
+        out.join(crate::slurm::SLURM_DIR).display(),
+        out.display()
+    );
+    Ok(())
+}
+
 /// Table, report and what to do next.
-fn conclude(sweep: &Sweep, out: &Path, json: bool) -> Result<(), CliError> {
+fn conclude(file: &SweepFile, out: &Path, json: bool) -> Result<(), CliError> {
     let runs =
         report::load::load(&[out.to_path_buf()]).map_err(|e| CliError::Other(e.to_string()))?;
-    let goal = match sweep.goal {
-        marimba_dsl::run::Goal::Max => report::stats::Goal::Higher,
-        marimba_dsl::run::Goal::Min => report::stats::Goal::Lower,
-    };
-    let metric = if sweep.metric.contains('/') {
-        sweep.metric.clone()
-    } else {
-        format!("eval/{}", sweep.metric)
-    };
-    let options = report::compare::Options {
-        metric: Some(metric),
-        goal: Some(goal),
-        baseline: None,
-        title: Some(sweep.name.clone()),
-        question: None,
-    };
+    let options = report::compare::Options::of_sweep(file);
     let comparison = report::compare::compare(&runs, &options);
     let html = out.join("report.html");
     report::html::write(&html, &comparison, &runs)?;
     if json {
-        super::print_json(&comparison)?;
+        print_json(&comparison)?;
     } else {
         print!(
             "{}",

@@ -53,6 +53,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<(), CliError> {
         resolved: &resolved,
         out: &out,
         resume: args.resume,
+        until: None,
         threads: args.threads.unwrap_or_else(engine::cores),
         group: &run.name,
         axes: BTreeMap::new(),
@@ -73,7 +74,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<(), CliError> {
             );
             Ok(())
         }
-        Finish::Interrupted => {
+        Finish::Interrupted | Finish::Paused => {
             eprintln!(
                 "stopped after step {}; checkpoint {checkpoint}; continue with: {}",
                 outcome.step,

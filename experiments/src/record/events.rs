@@ -214,8 +214,10 @@ impl EventFile {
         let mut end = plugin_hparams::SessionEndInfo::new();
         end.set_status(match state {
             RunState::Finished => api::Status::STATUS_SUCCESS,
-            RunState::Failed | RunState::Interrupted => api::Status::STATUS_FAILURE,
-            RunState::Running => api::Status::STATUS_RUNNING,
+            RunState::Failed | RunState::Interrupted | RunState::Stopped => {
+                api::Status::STATUS_FAILURE
+            }
+            RunState::Running | RunState::Paused => api::Status::STATUS_RUNNING,
         });
         end.set_end_time_secs(time);
         let mut data = plugin_hparams::HParamsPluginData::new();

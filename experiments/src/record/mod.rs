@@ -14,6 +14,7 @@ pub mod recorder;
 pub mod run_dir;
 pub mod series;
 pub mod summary;
+pub mod sweep_file;
 
 pub use error::RecordError;
 pub use events::{EventFile, HParam, LayoutChart};
@@ -24,6 +25,7 @@ pub use recorder::Recorder;
 pub use run_dir::{RunDir, RunFiles};
 pub use series::{Point, Series};
 pub use summary::{RunState, RunStatus, RunSummary};
+pub use sweep_file::SweepFile;
 
 /// Tags that the training loop writes and the reports look for; names shared with torchtitan and flame where they have one.
 pub mod tags {

@@ -21,6 +21,10 @@ pub enum RunState {
     Failed,
     /// Stopped by the user; can be resumed.
     Interrupted,
+    /// Waits at a rung of successive halving; can be resumed.
+    Paused,
+    /// Ended by successive halving, for others were better; can be resumed.
+    Stopped,
 }
 
 impl fmt::Display for RunState {
@@ -30,6 +34,8 @@ impl fmt::Display for RunState {
             RunState::Finished => "finished",
             RunState::Failed => "failed",
             RunState::Interrupted => "interrupted",
+            RunState::Paused => "paused",
+            RunState::Stopped => "stopped",
         })
     }
 }
@@ -92,6 +98,12 @@ pub struct RunSummary {
     pub best_metrics: BTreeMap<String, f64>,
     /// Hash of the resolved configuration.
     pub config_hash: String,
+    /// Hash of the training graph's text; empty where not known.
+    #[serde(default)]
+    pub graph_hash: String,
+    /// Hash of the training data's digests; empty where not known.
+    #[serde(default)]
+    pub data_hash: String,
     /// The point of the sweep: axis name to value, as text.
     #[serde(default)]
     pub axes: BTreeMap<String, String>,
@@ -235,6 +247,8 @@ mod tests {
             .into(),
             best_metrics: BTreeMap::new(),
             config_hash: "ff".into(),
+            graph_hash: "ee".into(),
+            data_hash: "dd".into(),
             axes: BTreeMap::new(),
         };
         write_json(&path, &summary).unwrap();

@@ -4,12 +4,15 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
+use super::fit::{Fit, power_law};
 use super::load::RunData;
 use super::pareto::front;
 use super::stats::{Estimate, Goal, Method, Test, Verdict, holm, test};
-use super::units::{bytes, count, mean_sd};
-use crate::record::summary::RunState;
-use crate::record::tags;
+use super::units::{bytes, count, mean_sd, number};
+use crate::record::summary::{RunState, RunSummary};
+use crate::record::sweep_file::Held;
+use crate::record::{SweepFile, tags};
+use marimba_dsl::sweep::Quantity;
 
 /// What the caller wants compared.
 #[derive(Debug, Clone, Default)]
@@ -24,6 +27,25 @@ pub struct Options {
     pub title: Option<String>,
     /// The question that the runs were made to answer.
     pub question: Option<String>,
+    /// What was held equal over groups.
+    pub hold: Option<Held>,
+    /// The family of each group: scaling laws are fitted within families. Groups not named form one of their own.
+    pub families: BTreeMap<String, String>,
+}
+
+impl Options {
+    /// As a sweep's folder says.
+    pub fn of_sweep(file: &SweepFile) -> Options {
+        Options {
+            metric: Some(file.metric.clone()),
+            goal: Some(file.goal),
+            baseline: file.baseline.clone(),
+            title: Some(file.name.clone()),
+            question: file.question.clone(),
+            hold: file.hold,
+            families: file.points.clone(),
+        }
+    }
 }
 
 /// A comparison, computed. Serialises to the JSON output.
@@ -39,12 +61,16 @@ pub struct Comparison {
     pub goal: Goal,
     /// The group that the others are tested against.
     pub reference: Option<String>,
+    /// What was held equal, and to what.
+    pub hold: Option<Held>,
     /// The answer in sentences.
     pub verdict: Vec<String>,
     /// What to know before believing it: members left out, metrics that do not match, damage.
     pub notes: Vec<String>,
     /// Metrics of the table, the deciding one first.
     pub metrics: Vec<String>,
+    /// How the metric falls with size, where it is a loss and there are sizes enough.
+    pub laws: Vec<ScalingLaw>,
     /// The points, best first.
     pub groups: Vec<Group>,
     /// Every run.
@@ -82,6 +108,8 @@ pub struct Group {
     pub test: Option<Test>,
     /// Costs against which no other group is both better and cheaper.
     pub pareto: Vec<Cost>,
+    /// Relative distance from what was held equal.
+    pub residual: Option<f64>,
     /// The point of the sweep.
     pub axes: BTreeMap<String, String>,
 }
@@ -143,6 +171,44 @@ impl Cost {
     }
 }
 
+/// A law fitted to the groups of one family.
+#[derive(Debug, Clone, Serialize)]
+pub struct ScalingLaw {
+    /// The family; empty where the runs have none.
+    pub family: String,
+    /// What the metric is a function of.
+    pub cost: Cost,
+    /// Smallest and largest size fitted.
+    pub range: (f64, f64),
+    /// The law.
+    pub fit: Fit,
+}
+
+impl ScalingLaw {
+    /// In words, with the 95% intervals.
+    pub fn words(&self, metric: &str) -> String {
+        let law = &self.fit.law;
+        let [e, _, b] = self
+            .fit
+            .ci95
+            .map(|(low, high)| format!("{} to {}", number(low), number(high)));
+        let of = if self.family.is_empty() {
+            String::new()
+        } else {
+            format!("{}: ", self.family)
+        };
+        format!(
+            "{of}{metric} = {} + {} x^-{}, x = {}; 95%: floor {e}, exponent {b}; {} points, residual {}",
+            number(law.e),
+            number(law.a),
+            number(law.b),
+            self.cost.words(),
+            self.fit.n,
+            number(self.fit.rmse)
+        )
+    }
+}
+
 /// One run of the comparison.
 #[derive(Debug, Clone, Serialize)]
 pub struct Member {
@@ -182,7 +248,7 @@ pub fn compare(runs: &[RunData], options: &Options) -> Comparison {
     }
     let counts = |i: usize| !any_final || runs[i].is_final();
     let metrics = table_metrics(metric.as_deref(), &finals);
-    let mut groups = group(runs, &finals, &metrics, &counts);
+    let mut groups = group(runs, &finals, &metrics, options.hold, &counts);
     note_mismatches(runs, &finals, &metrics, &mut notes);
     note_members(runs, &groups, any_final, &mut notes);
 
@@ -202,6 +268,7 @@ pub fn compare(runs: &[RunData], options: &Options) -> Comparison {
         run_tests(runs, &finals, &mut groups, metric, reference, goal, &counts);
     }
     mark_pareto(&mut groups, metric.as_deref(), goal);
+    let laws = fit_laws(&groups, metric.as_deref(), goal, &options.families);
     let verdict = words(&groups, metric.as_deref(), goal, reference.as_deref());
     let members = runs
         .iter()
@@ -238,12 +305,58 @@ pub fn compare(runs: &[RunData], options: &Options) -> Comparison {
         metric,
         goal,
         reference,
+        hold: options.hold,
         verdict,
         notes,
         metrics,
+        laws,
         groups,
         members,
     }
+}
+
+/// Resamples of a fit's intervals.
+const N_BOOT: usize = 500;
+/// A law over less than this factor in size says nothing.
+const LEAST_RANGE: f64 = 2.0;
+
+/// Scaling laws of losses over parameters and operations, per family. What cannot be fitted is left out: most comparisons are about
+/// something else.
+fn fit_laws(
+    groups: &[Group],
+    metric: Option<&str>,
+    goal: Goal,
+    families: &BTreeMap<String, String>,
+) -> Vec<ScalingLaw> {
+    let (Some(metric), Goal::Lower) = (metric, goal) else {
+        return Vec::new();
+    };
+    let family = |g: &Group| families.get(&g.name).cloned().unwrap_or_default();
+    let names: BTreeSet<String> = groups.iter().map(family).collect();
+    let mut laws = Vec::new();
+    for name in names {
+        for cost in [Cost::ParamsActive, Cost::FlopsPerToken] {
+            let points: Vec<(f64, f64)> = groups
+                .iter()
+                .filter(|g| family(g) == name)
+                .filter_map(|g| Some((cost.of(g)?, g.metrics.get(metric)?.mean?)))
+                .collect();
+            let low = points.iter().map(|p| p.0).fold(f64::INFINITY, f64::min);
+            let high = points.iter().map(|p| p.0).fold(0.0, f64::max);
+            if high < LEAST_RANGE * low {
+                continue;
+            }
+            if let Ok(fit) = power_law(&points, N_BOOT, 0) {
+                laws.push(ScalingLaw {
+                    family: name.clone(),
+                    cost,
+                    range: (low, high),
+                    fit,
+                });
+            }
+        }
+    }
+    laws
 }
 
 fn is_held_out(tag: &str) -> bool {
@@ -322,6 +435,7 @@ fn group(
     runs: &[RunData],
     finals: &[BTreeMap<String, f64>],
     metrics: &[String],
+    hold: Option<Held>,
     counts: &dyn Fn(usize) -> bool,
 ) -> Vec<Group> {
     let mut names: Vec<&str> = Vec::new();
@@ -357,10 +471,24 @@ fn group(
             tokens_per_sec: Estimate::of(counted.iter().filter_map(|i| speed(&runs[*i]))),
             test: None,
             pareto: Vec::new(),
+            residual: facts
+                .zip(hold)
+                .map(|(f, h)| held(f, h.quantity) / h.target - 1.0),
             axes: facts.map(|f| f.axes.clone()).unwrap_or_default(),
         }
     };
     names.into_iter().map(of_name).collect()
+}
+
+/// A held quantity by a run's summary.
+fn held(f: &RunSummary, quantity: Quantity) -> f64 {
+    match quantity {
+        Quantity::ParamsTotal => f.params_total as f64,
+        Quantity::ParamsActive => f.params_active as f64,
+        Quantity::FlopsPerToken => f.flops_per_token,
+        Quantity::StateBytes => f.state_bytes_per_seq as f64,
+        Quantity::DecodeBytes => f.decode_bytes() as f64,
+    }
 }
 
 /// Speed of a run: of its summary, else the median of its curve.
@@ -836,6 +964,66 @@ pub(super) mod tests {
         assert!(c.groups[0].metrics["eval/accuracy"].mean.is_some());
         let empty = compare(&[], &Options::default());
         assert!(empty.groups.is_empty() && empty.verdict[0].contains("No run"));
+    }
+
+    #[test]
+    fn losses_over_sizes_get_a_law_per_family() {
+        let mut runs = Vec::new();
+        let mut families = BTreeMap::new();
+        for (family, floor) in [("a", 1.0), ("b", 2.0)] {
+            for (i, size) in [1e4, 3e4, 1e5, 3e5, 1e6].into_iter().enumerate() {
+                let name = format!("{family}-{i}");
+                let loss = floor + 40.0 * f64::powf(size, -0.5);
+                let mut run = run(&name, 0, &[("eval/loss", loss)]);
+                run.summary = Some(RunSummary {
+                    name: name.clone(),
+                    group: name.clone(),
+                    seed: 0,
+                    status: RunState::Finished,
+                    params_total: size as u64,
+                    params_active: size as u64,
+                    state_bytes_per_seq: 0,
+                    kv_bytes_per_token: 0,
+                    seq_len: 1,
+                    flops_per_token: 2.0 * size,
+                    tokens_per_sec: 1.0,
+                    final_metrics: [("eval/loss".to_owned(), loss)].into(),
+                    best_metrics: BTreeMap::new(),
+                    config_hash: String::new(),
+                    graph_hash: String::new(),
+                    data_hash: String::new(),
+                    axes: BTreeMap::new(),
+                });
+                runs.push(run);
+                families.insert(name, family.to_owned());
+            }
+        }
+        let options = Options {
+            families,
+            ..Options::default()
+        };
+        let c = compare(&runs, &options);
+        let laws: Vec<_> = c.laws.iter().map(|l| (l.family.as_str(), l.cost)).collect();
+        assert_eq!(
+            laws,
+            [
+                ("a", Cost::ParamsActive),
+                ("a", Cost::FlopsPerToken),
+                ("b", Cost::ParamsActive),
+                ("b", Cost::FlopsPerToken)
+            ]
+        );
+        for (law, floor) in c.laws.iter().zip([1.0, 1.0, 2.0, 2.0]) {
+            assert!((law.fit.law.e - floor).abs() < 1e-3, "{law:?}");
+            assert!((law.fit.law.b - 0.5).abs() < 1e-3, "{law:?}");
+        }
+        let words = crate::report::table::terminal(&c, 200);
+        assert!(
+            words.contains("Scaling laws") && words.contains("a: eval/loss = 1.000"),
+            "{words}"
+        );
+        // Equal sizes have no law.
+        assert!(compare(&five_by_two(), &Options::default()).laws.is_empty());
     }
 
     #[test]

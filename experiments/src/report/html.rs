@@ -14,6 +14,7 @@ use super::explain::{DiffLine, diff};
 use super::load::RunData;
 use super::stats::{Goal, Verdict};
 use super::svg::{N_COLOURS, curves, dots, escape};
+use super::table::percent;
 use super::units::{bytes, count, mean_sd, number};
 use crate::record::RecordError;
 use crate::record::files::write_atomic;
@@ -62,6 +63,7 @@ pub fn render(c: &Comparison, runs: &[RunData]) -> String {
         ("chart", chart),
         ("configs", configs(c, runs)),
         ("members", members(c)),
+        ("laws", laws(c)),
         ("notes", notes(c)),
         ("method", method(c)),
         ("data", embedded(&data(c, runs))),
@@ -230,6 +232,10 @@ fn table(c: &Comparison) -> String {
         if speed {
             head(&mut out, "tokens/s", "training throughput");
         }
+        if let Some(hold) = &c.hold {
+            let target = format!("distance from the target {}", count(hold.target));
+            head(&mut out, &format!("off {}", hold.quantity.name()), &target);
+        }
     }
     head(&mut out, "seeds", "finished members");
     out.push_str("</tr></thead><tbody>");
@@ -279,7 +285,8 @@ fn table(c: &Comparison) -> String {
             }
             if k == 0 {
                 // Alone on the front is no distinction.
-                cost_cells(&mut out, g, params, speed, c.groups.len() > 1);
+                let shown = [params, speed, c.hold.is_some()];
+                cost_cells(&mut out, g, shown, c.groups.len() > 1);
             }
         }
         let n = if g.n_finished == g.n_members {
@@ -325,7 +332,7 @@ fn verdict_cell(out: &mut String, g: &Group) {
     );
 }
 
-fn cost_cells(out: &mut String, g: &Group, params: bool, speed: bool, starred: bool) {
+fn cost_cells(out: &mut String, g: &Group, [params, speed, held]: [bool; 3], starred: bool) {
     let mut costs: Vec<(Cost, Option<String>)> = Vec::new();
     if params {
         costs.push((Cost::DecodeBytes, Cost::DecodeBytes.of(g).map(bytes)));
@@ -344,6 +351,10 @@ fn cost_cells(out: &mut String, g: &Group, params: bool, speed: bool, starred: b
             "<sup></sup>"
         });
         cell(out, cost.of(g), &html, false);
+    }
+    if held {
+        let text = g.residual.map(percent).unwrap_or_else(|| "–".to_owned());
+        cell(out, g.residual, &text, false);
     }
 }
 
@@ -472,6 +483,18 @@ fn members(c: &Comparison) -> String {
     out
 }
 
+fn laws(c: &Comparison) -> String {
+    let Some(metric) = c.metric.as_deref().filter(|_| !c.laws.is_empty()) else {
+        return String::new();
+    };
+    let items: String = c
+        .laws
+        .iter()
+        .map(|l| format!("<li>{}</li>", escape(&l.words(metric))))
+        .collect();
+    format!("<section id=\"laws\"><h2>Scaling laws</h2><ul>{items}</ul></section>")
+}
+
 fn notes(c: &Comparison) -> String {
     if c.notes.is_empty() {
         return String::new();
@@ -572,14 +595,28 @@ fn data(c: &Comparison, runs: &[RunData]) -> Value {
             })
         })
         .collect();
-    let costs: Vec<Value> = Cost::ALL
+    let shown: Vec<Cost> = Cost::ALL
         .into_iter()
         .filter(|cost| c.groups.iter().any(|g| cost.of(g).is_some()))
-        .map(|cost| {
+        .collect();
+    let costs: Vec<Value> = shown
+        .iter()
+        .map(|&cost| {
+            let laws: Vec<Value> = c
+                .laws
+                .iter()
+                .filter(|l| l.cost == cost)
+                .map(|l| {
+                    let law = &l.fit.law;
+                    // Full precision: a rounded exponent is another curve.
+                    json!({ "name": l.family, "from": l.range.0, "to": l.range.1, "e": law.e, "a": law.a, "b": law.b })
+                })
+                .collect();
             json!({
                 "name": cost.words(),
                 "lower": cost.goal() == Goal::Lower,
                 "bytes": cost == Cost::DecodeBytes,
+                "laws": laws,
                 "x": c.groups.iter().map(|g| cost.of(g).map(short)).collect::<Vec<_>>(),
                 "front": c.groups.iter().map(|g| g.pareto.contains(&cost)).collect::<Vec<_>>(),
             })

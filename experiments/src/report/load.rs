@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use super::database::{Database, DatabaseError, RESULTS_DB};
 use crate::record::RecordError;
 use crate::record::metrics::read_metrics;
 use crate::record::read::{ReadLimits, is_event_file, read_dir};
@@ -12,6 +13,7 @@ use crate::record::run_dir::{
 };
 use crate::record::series::SeriesMap;
 use crate::record::summary::{RunState, RunStatus, RunSummary, read_json};
+use crate::record::sweep_file::SWEEP_JSON;
 
 /// Folders below a given one that are searched for runs.
 const MAX_DEPTH: usize = 8;
@@ -85,30 +87,40 @@ pub enum LoadError {
     /// The file system.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// The database of a sweep.
+    #[error(transparent)]
+    Database(#[from] DatabaseError),
 }
 
-/// Loads every run in or below `paths`, in the order given, folders by name. A run named twice is loaded once.
+/// Loads every run in or below `paths`, in the order given, folders by name. A run named twice is loaded once. The folder of a sweep is
+/// read through its database, see [`super::database`].
 ///
 /// # Errors
-/// A path does not exist, or holds no run at all. Damage inside a run is a warning of that run.
+/// A path does not exist, or holds no run at all; the database of a sweep is not one that can be read. Damage inside a run is a
+/// warning of that run.
 pub fn load(paths: &[PathBuf]) -> Result<Vec<RunData>, LoadError> {
-    let mut found: Vec<(PathBuf, String)> = Vec::new();
+    let mut runs: Vec<RunData> = Vec::new();
     for path in paths {
         if !path.is_dir() {
             return Err(LoadError::Missing { path: path.clone() });
         }
-        let before = found.len();
+        let mut found: Vec<(PathBuf, String)> = Vec::new();
         find(path, path, 0, &mut found)?;
-        if found.len() == before {
+        if found.is_empty() {
             return Err(LoadError::NoRuns { path: path.clone() });
+        }
+        let kept = [SWEEP_JSON, RESULTS_DB]
+            .iter()
+            .any(|f| path.join(f).is_file());
+        let database = if kept { Database::open(path)? } else { None };
+        match database {
+            Some(mut database) => runs.extend(database.sync(path, &found)?),
+            None => runs.extend(found.into_iter().map(|(dir, name)| load_run(&dir, name))),
         }
     }
     let mut seen = std::collections::BTreeSet::new();
-    found.retain(|(path, _)| seen.insert(fs::canonicalize(path).unwrap_or_else(|_| path.clone())));
-    Ok(found
-        .into_iter()
-        .map(|(path, name)| load_run(&path, name))
-        .collect())
+    runs.retain(|r| seen.insert(fs::canonicalize(&r.path).unwrap_or_else(|_| r.path.clone())));
+    Ok(runs)
 }
 
 fn find(
@@ -151,7 +163,8 @@ fn find(
     Ok(())
 }
 
-fn load_run(path: &Path, name: String) -> RunData {
+/// Reads the run in a folder from its files.
+pub(super) fn load_run(path: &Path, name: String) -> RunData {
     let mut warnings = Vec::new();
     let mut note = |e: RecordError| warnings.push(e.to_string());
     let summary: Option<RunSummary> = read_json(&path.join(SUMMARY_JSON)).unwrap_or_else(|e| {
@@ -205,9 +218,12 @@ fn load_run(path: &Path, name: String) -> RunData {
             .map(|s| s.seed)
             .or(status.as_ref().map(|s| s.seed))
             .or(guessed_seed),
-        state: status
+        // A summary that says finished is the last word, whatever became of the status.
+        state: summary
             .as_ref()
-            .map(|s| s.state)
+            .map(|s| s.status)
+            .filter(|s| *s == RunState::Finished)
+            .or(status.as_ref().map(|s| s.state))
             .or(summary.as_ref().map(|s| s.status)),
         message: status.and_then(|s| s.message),
         name: summary

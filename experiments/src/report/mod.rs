@@ -3,6 +3,7 @@
 //! Everything is computed once into a [`Comparison`]; terminal, CSV, JSON and HTML only print it.
 
 pub mod compare;
+pub mod database;
 pub mod explain;
 pub mod fit;
 pub mod html;

@@ -53,6 +53,12 @@ pub fn terminal(c: &Comparison, width: usize) -> String {
             "",
         ));
     }
+    if let (Some(metric), false) = (&c.metric, c.laws.is_empty()) {
+        out.push_str("\nScaling laws\n");
+        c.laws
+            .iter()
+            .for_each(|law| out.push_str(&wrap(&law.words(metric), width, "  ")));
+    }
     if !c.notes.is_empty() {
         out.push_str("\nNotes\n");
         c.notes
@@ -103,6 +109,14 @@ fn table(c: &Comparison, width: usize, out: &mut String) -> Vec<String> {
     columns.push(column("decode state", true, 4, &|g| {
         or_dash(g.decode_bytes.map(|v| bytes(v as f64)))
     }));
+    if let Some(hold) = &c.hold {
+        columns.push(column(
+            &format!("off {}", hold.quantity.name()),
+            true,
+            8,
+            &|g| or_dash(g.residual.map(percent)),
+        ));
+    }
     columns.push(column("tokens/s", true, 6, &|g| {
         or_dash(g.tokens_per_sec.mean.map(count))
     }));
@@ -191,6 +205,11 @@ fn table(c: &Comparison, width: usize, out: &mut String) -> Vec<String> {
     dropped
 }
 
+/// `+1.25%`.
+pub fn percent(x: f64) -> String {
+    format!("{:+.2}%", 100.0 * x)
+}
+
 /// Cuts `text` to `width` columns by an ellipsis in the middle: names of a sweep often differ only at their end.
 fn shorten(text: &str, width: usize) -> String {
     if text.width() <= width {
@@ -252,6 +271,9 @@ pub fn csv(c: &Comparison) -> String {
             "decode_bytes",
             "flops_per_token",
             "tokens_per_sec",
+            "held",
+            "held_target",
+            "held_residual",
             "reference",
             "difference",
             "p",
@@ -295,6 +317,11 @@ pub fn csv(c: &Comparison) -> String {
             int(g.decode_bytes),
             float(g.flops_per_token),
             float(g.tokens_per_sec.mean),
+            c.hold
+                .map(|h| h.quantity.name().to_owned())
+                .unwrap_or_default(),
+            float(c.hold.map(|h| h.target)),
+            float(g.residual),
             c.reference.clone().unwrap_or_default(),
             float(g.test.as_ref().and_then(|t| t.difference)),
             float(g.test.as_ref().and_then(|t| t.p)),

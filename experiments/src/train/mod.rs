@@ -9,13 +9,17 @@ mod run_loop;
 mod step;
 
 pub use eval::{EvalResult, evaluate};
-pub use run_loop::{Finish, LogLine, Observer, Outcome, TrainRequest, train};
+pub use run_loop::{
+    Finish, Identity, LogLine, Observer, Outcome, TrainRequest, data_hash, graph_hash,
+    memory_bytes, train,
+};
 pub use step::{StepOutcome, Trainer};
 
 use crate::checkpoint::CheckpointError;
 use crate::data::DataError;
 use crate::program::CompileError;
 use crate::record::RecordError;
+use crate::transfer::TransferError;
 use marimba_backend::{BackendError, NonFinite};
 
 /// What can end a run early.
@@ -36,6 +40,9 @@ pub enum TrainError {
     /// Compilation.
     #[error(transparent)]
     Compile(#[from] CompileError),
+    /// The base of a learning-rate transfer.
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
     /// A loss or gradient that is not a number.
     #[error(
         "{what} is not finite at step {step}: {explanation}; lower the learning rate, clip gradients, or look at the statistics with probe_every"

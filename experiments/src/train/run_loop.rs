@@ -5,14 +5,15 @@ use super::{EvalResult, StepOutcome, TrainError, Trainer};
 use crate::checkpoint::{self, Checkpoint, Contents};
 use crate::data::{Batch, Loader, LoaderState, Worker, open};
 use crate::facts::{Facts, facts};
-use crate::program::CompileError;
+use crate::program::{self, CompileError, TrainOptions};
+use crate::record::metrics::{curve_facts, read_metrics};
 use crate::record::{
     HParam, Histogram, Recorder, RunDir, RunFiles, RunState, RunSummary, run_dir, tags,
 };
-use crate::{engine, interrupt, record::files::content_hash};
+use crate::{engine, interrupt, record::files::content_hash, transfer};
 use marimba_backend::HostTensor;
 use marimba_dsl::Valid;
-use marimba_dsl::run::{Goal, Run};
+use marimba_dsl::run::Run;
 use marimba_ir::op::{STAT_BUCKETS, STAT_LEN};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -31,6 +32,8 @@ pub struct TrainRequest<'a> {
     pub out: &'a Path,
     /// Continue what is there.
     pub resume: bool,
+    /// Evaluate, write a checkpoint and pause after this step, where it lies before the last one.
+    pub until: Option<usize>,
     /// Threads of the engine.
     pub threads: usize,
     /// Members of a sweep that differ only by seed share a group.
@@ -46,6 +49,8 @@ pub enum Finish {
     Finished,
     /// Stopped by the user; a checkpoint was written.
     Interrupted,
+    /// Reached [`TrainRequest::until`]; a checkpoint was written.
+    Paused,
 }
 
 /// The end of a run.
@@ -113,10 +118,14 @@ pub fn train(request: &TrainRequest, observer: &mut dyn Observer) -> Result<Outc
         trainer.prepare(phase.batch, phase.seq_len)?;
     }
 
+    let graph = graph_text(run)?;
+    let identity = Identity::of(request.resolved, &graph, &loaders);
+    let mut before = Before::default();
     let (mut dir, mut recorder, mut at) = if request.resume {
         let dir = RunDir::resume(request.out)?;
-        let at = restore(&mut trainer, &mut loaders, &dir)?;
+        let (at, place) = restore(&mut trainer, &mut loaders, &dir)?;
         let recorder = Recorder::resume(&dir, at as u64)?;
+        before = Before::read(run, &dir, place)?;
         observer.note(&format!(
             "continuing {} after step {at}",
             request.out.display()
@@ -127,7 +136,7 @@ pub fn train(request: &TrainRequest, observer: &mut dyn Observer) -> Result<Outc
             run_ron: request.source,
             resolved_ron: request.resolved,
             env: run_dir::environment([("backend".to_string(), trainer.engine().name().into())]),
-            graph: None,
+            graph: Some(&graph),
             group: request.group,
             seed: run.seed,
         };
@@ -158,9 +167,11 @@ pub fn train(request: &TrainRequest, observer: &mut dyn Observer) -> Result<Outc
         seq_len: seq_len as u64,
         flops_per_token: counts.flops_per_token,
         tokens_per_sec: 0.0,
-        final_metrics: BTreeMap::new(),
-        best_metrics: BTreeMap::new(),
-        config_hash: content_hash(request.resolved),
+        final_metrics: before.finals,
+        best_metrics: before.bests,
+        config_hash: identity.config,
+        graph_hash: identity.graph,
+        data_hash: identity.data,
         axes: request.axes.clone(),
     };
     observer.begin(at, run.total_steps(), &counts);
@@ -173,13 +184,17 @@ pub fn train(request: &TrainRequest, observer: &mut dyn Observer) -> Result<Outc
         observer,
         summary: &mut summary,
         resolved: request.resolved,
-        rates: Vec::new(),
+        rates: before.rates,
+        watched: before.watched,
+        interval: before.interval,
+        stopped: before.stopped,
         checkpoint: None,
     }
-    .run(&mut at);
+    .run(&mut at, request.until);
     let (state, message) = match &result {
         Ok((Finish::Finished, _)) => (RunState::Finished, None),
         Ok((Finish::Interrupted, _)) => (RunState::Interrupted, None),
+        Ok((Finish::Paused, _)) => (RunState::Paused, None),
         Err(e) => (RunState::Failed, Some(e.to_string())),
     };
     summary.status = state;
@@ -196,6 +211,119 @@ pub fn train(request: &TrainRequest, observer: &mut dyn Observer) -> Result<Outc
         summary,
         checkpoint,
     })
+}
+
+/// What decides a run: two runs of equal identity are the same run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// Hash of the resolved configuration.
+    pub config: String,
+    /// Hash of the training graph's text.
+    pub graph: String,
+    /// Hash of the digests of all training data, in order of phases.
+    pub data: String,
+}
+
+impl Identity {
+    fn of(resolved: &str, graph: &str, loaders: &[Box<dyn Loader>]) -> Identity {
+        Identity {
+            config: content_hash(resolved),
+            graph: content_hash(graph),
+            data: digest(loaders),
+        }
+    }
+}
+
+fn digest(loaders: &[Box<dyn Loader>]) -> String {
+    let digests: Vec<String> = loaders.iter().map(|l| l.state().fingerprint).collect();
+    content_hash(&digests.join("\n"))
+}
+
+/// [`Identity::graph`] that training a run would give it now.
+///
+/// # Errors
+/// [`TrainError`]: a bug, or an unreachable memory budget.
+pub fn graph_hash(run: &Run) -> Result<String, TrainError> {
+    Ok(content_hash(&graph_text(run)?))
+}
+
+/// [`Identity::data`] that training a run would give it now. Opens its data.
+///
+/// # Errors
+/// [`TrainError`] when the data cannot be read or does not fit the model.
+pub fn data_hash(run: &Run) -> Result<String, TrainError> {
+    Ok(digest(&open_loaders(run)?))
+}
+
+/// Bytes that training a run needs by its plans: the largest arena, and four numbers a parameter. 0 for what cannot be compiled, which
+/// training will tell.
+pub fn memory_bytes(run: &Run) -> u64 {
+    let Ok(scaled) = transfer::apply(run) else {
+        return 0;
+    };
+    let arenas = run.phases.iter().map(|p| {
+        let program = program::training(&scaled.model, &TrainOptions::of(run), p.batch, p.seq_len);
+        program.map_or(0, |p| p.plan.arena_bytes as u64)
+    });
+    let params: usize = scaled.params.iter().map(|p| p.ty.bytes()).sum();
+    arenas.max().unwrap_or(0) + 4 * params as u64
+}
+
+/// The training graph of the first phase as text, runs of equal layers once.
+fn graph_text(run: &Run) -> Result<String, TrainError> {
+    let (batch, seq_len) = run
+        .phases
+        .first()
+        .map_or((1, run.model.context_len), |p| (p.batch, p.seq_len));
+    let model = transfer::apply(run)?.model;
+    let program = program::training(&model, &TrainOptions::of(run), batch, seq_len)?;
+    Ok(marimba_ir::print::compact(&program.graph))
+}
+
+/// What a resumed run takes over from its earlier part.
+#[derive(Default)]
+struct Before {
+    finals: BTreeMap<String, f64>,
+    bests: BTreeMap<String, f64>,
+    rates: Vec<f64>,
+    watched: Vec<f64>,
+    interval: Vec<f64>,
+    stopped: bool,
+}
+
+impl Before {
+    /// Of the curves up to the checkpoint, and of what the checkpoint says of the log interval that it cut.
+    fn read(run: &Run, dir: &RunDir, place: Option<Place>) -> Result<Before, TrainError> {
+        let path = dir.metrics_path();
+        let facts = curve_facts(&path)?;
+        let summed = |tag: &String| tag == tags::TRAIN_LOSS || tag.starts_with("eval/");
+        let curves = read_metrics(&path, usize::MAX)?.series;
+        let values = |tag: &str| -> Vec<f64> {
+            let points = curves.get(tag).into_iter().flat_map(|s| s.points());
+            points.map(|p| p.value).collect()
+        };
+        let place = place.as_ref();
+        Ok(Before {
+            finals: facts
+                .finals
+                .into_iter()
+                .filter(|(t, _)| summed(t))
+                .collect(),
+            bests: facts.bests.into_iter().filter(|(t, _)| summed(t)).collect(),
+            rates: values(tags::TOKENS_PER_SEC),
+            watched: run
+                .early_stop
+                .as_ref()
+                .map_or_else(Vec::new, |e| values(&tags::eval(&e.metric))),
+            interval: place.map_or_else(Vec::new, |p| {
+                p.interval
+                    .iter()
+                    .map(|&bits| f64::from_bits(bits))
+                    .collect()
+            }),
+            stopped: place.is_some_and(|p| p.stopped),
+        })
+    }
 }
 
 /// One loader per phase.
@@ -224,17 +352,30 @@ struct Loop<'a> {
     summary: &'a mut RunSummary,
     resolved: &'a str,
     rates: Vec<f64>,
+    /// Values so far of the metric of early stopping.
+    watched: Vec<f64>,
+    /// Losses of the log interval begun.
+    interval: Vec<f64>,
+    /// Early stopping ended the run.
+    stopped: bool,
     checkpoint: Option<PathBuf>,
 }
 
 impl Loop<'_> {
-    fn run(mut self, at: &mut usize) -> Result<(Finish, Option<PathBuf>), TrainError> {
+    fn run(
+        mut self,
+        at: &mut usize,
+        until: Option<usize>,
+    ) -> Result<(Finish, Option<PathBuf>), TrainError> {
         let total = self.run.total_steps();
         let mut clock = Instant::now();
-        let (mut tokens, mut losses, mut waited) = (0usize, Vec::new(), 0.0);
+        let (mut tokens, mut waited) = (0usize, 0.0);
         let begin = *at;
         let started = Instant::now();
-        while *at < total {
+        while *at < total && !self.stopped {
+            if until.is_some_and(|n| *at >= n) {
+                return Ok((Finish::Paused, self.checkpoint));
+            }
             if interrupt::requested() {
                 self.save(*at)?;
                 return Ok((Finish::Interrupted, self.checkpoint));
@@ -252,7 +393,7 @@ impl Loop<'_> {
             let outcome = self.trainer.step(step, lr, &batches, probe)?;
             *at = step;
             tokens += outcome.tokens;
-            losses.push(outcome.cross_entropy);
+            self.interval.push(outcome.cross_entropy);
             self.observer.step(step, &outcome);
             self.record_stats(step, &outcome)?;
 
@@ -262,7 +403,7 @@ impl Loop<'_> {
                 let line = LogLine {
                     step,
                     steps: total,
-                    loss: losses.iter().sum::<f64>() / losses.len() as f64,
+                    loss: self.interval.iter().sum::<f64>() / self.interval.len() as f64,
                     lr,
                     grad_norm: outcome.grad_norm,
                     tokens_per_sec: tokens as f64 / secs,
@@ -275,30 +416,32 @@ impl Loop<'_> {
                 waited = 0.0;
                 self.observer.log(&line);
                 tokens = 0;
-                losses.clear();
+                self.interval.clear();
                 clock = Instant::now();
             }
-            if phase.eval.every.is_some_and(|n| step.is_multiple_of(n)) || phase_ends {
+            let pause = until == Some(step) && step < total;
+            if phase.eval.every.is_some_and(|n| step.is_multiple_of(n)) || phase_ends || pause {
                 let paused = Instant::now();
-                let stop = self.evaluate(step, phase_idx)?;
+                self.stopped = self.evaluate(step, phase_idx)?;
                 clock += paused.elapsed();
-                if stop {
-                    break;
-                }
             }
-            if self
+            let due = self
                 .run
                 .checkpoint
                 .every
-                .is_some_and(|n| step.is_multiple_of(n))
-                && step < total
-            {
+                .is_some_and(|n| step.is_multiple_of(n));
+            if (due || pause) && step < total && !self.stopped {
                 let paused = Instant::now();
                 self.save(step)?;
                 clock += paused.elapsed();
             }
         }
-        self.save(*at)?;
+        // A run that died between its last checkpoint and its summary has nothing left to write.
+        if *at == begin && begin > 0 {
+            self.checkpoint = checkpoint::latest(&self.dir.checkpoints_dir())?;
+        } else {
+            self.save(*at)?;
+        }
         Ok((Finish::Finished, self.checkpoint))
     }
 
@@ -413,13 +556,11 @@ impl Loop<'_> {
         }
         self.recorder.flush()?;
         self.observer.eval(step, &scores);
-        Ok(match &self.run.early_stop {
-            Some(e) => scores.get(&e.metric).is_some_and(|&v| match e.goal {
-                Goal::Max => v >= e.threshold,
-                Goal::Min => v <= e.threshold,
-            }),
-            None => false,
-        })
+        let Some(e) = &self.run.early_stop else {
+            return Ok(false);
+        };
+        self.watched.extend(scores.get(&e.metric));
+        Ok(e.stops(&self.watched))
     }
 
     fn save(&mut self, step: usize) -> Result<(), TrainError> {
@@ -428,6 +569,8 @@ impl Loop<'_> {
         let place = Place {
             phase,
             loader: self.loaders[phase].state(),
+            interval: self.interval.iter().map(|v| v.to_bits()).collect(),
+            stopped: self.stopped,
         };
         let state = serde_json::to_value(&place).map_err(|e| TrainError::State(e.to_string()))?;
         let contents = Contents {
@@ -436,7 +579,7 @@ impl Loop<'_> {
                 .map(|s| self.run.phases[self.run.phase_at(s).0].tokens_per_step() as u64)
                 .sum(),
             state: &state,
-            model_ron: &self.run.model.to_ron(),
+            model_ron: &self.trainer.model().to_ron(),
             run_ron: Some(self.resolved),
             params: self.trainer.params(),
             moments: true,
@@ -465,17 +608,25 @@ impl Loop<'_> {
 struct Place {
     phase: usize,
     loader: LoaderState,
+    /// Losses of the log interval begun, as bits of f64, so that its mean is the same as without the interruption.
+    #[serde(default)]
+    interval: Vec<u64>,
+    /// Early stopping ended the run here.
+    #[serde(default)]
+    stopped: bool,
 }
 
-/// Loads the newest checkpoint into the trainer and the loaders; returns its step.
+/// Loads the newest checkpoint into the trainer and the loaders; returns its step and place.
 fn restore(
     trainer: &mut Trainer,
     loaders: &mut [Box<dyn Loader>],
     dir: &RunDir,
-) -> Result<usize, TrainError> {
+) -> Result<(usize, Option<Place>), TrainError> {
     let root = dir.checkpoints_dir();
+    // What a process that died while writing left behind; the folder's lock is ours.
+    checkpoint::sweep_unfinished(&root)?;
     if checkpoint::latest(&root)?.is_none() {
-        return Ok(0);
+        return Ok((0, None));
     }
     let found = Checkpoint::open(&root)?;
     let params = trainer.params().to_vec();
@@ -494,7 +645,7 @@ fn restore(
         ))
     })?;
     loader.restore(&place.loader)?;
-    Ok(found.state.step as usize)
+    Ok((found.state.step as usize, Some(place)))
 }
 
 /// Buckets of the `stat` op as a TensorBoard histogram.

@@ -4,6 +4,7 @@ use super::{TrainError, explain};
 use crate::data::{Batch, IGNORED};
 use crate::init;
 use crate::program::{self, ACTIVATION_ALPHA, Program, TrainOptions};
+use crate::transfer::{self, Scaled};
 use marimba_backend::{Engine, HostTensor, Outputs, ProgramId};
 use marimba_dsl::model::Model;
 use marimba_dsl::run::{Precision, Reduction, Run};
@@ -68,7 +69,7 @@ impl Trainer {
                 help: "set precision: F32",
             });
         }
-        let params = marimba_ir::lower::params(&run.model).map_err(program::CompileError::from)?;
+        let Scaled { model, params, lr } = transfer::apply(run)?;
         for p in &params {
             engine.write(
                 &format!("param:{}", p.name),
@@ -79,7 +80,7 @@ impl Trainer {
         // The graph takes the mean over taps; a sum is that many times as much.
         let alpha_from = match &run.activation_loss {
             Some(a) => {
-                let taps = program::count_activation_taps(&run.model, a)?;
+                let taps = program::count_activation_taps(&model, a)?;
                 let factor = if a.reduction == Reduction::Sum {
                     taps as f64
                 } else {
@@ -89,11 +90,11 @@ impl Trainer {
             }
             None => None,
         };
-        let optimizer = program::optimizer(&params, run)?;
+        let optimizer = program::optimizer(&params, run, &lr)?;
         let optimizer = engine.load(optimizer.graph, optimizer.plan)?;
         Ok(Trainer {
             engine,
-            model: run.model.clone(),
+            model,
             options: TrainOptions::of(run),
             alpha_from,
             params,
@@ -106,6 +107,11 @@ impl Trainer {
     /// The parameters' descriptions.
     pub fn params(&self) -> &[Param] {
         &self.params
+    }
+
+    /// The model as it is trained: the run's, scaled by its transfer.
+    pub fn model(&self) -> &Model {
+        &self.model
     }
 
     /// The engine, for reading parameters and moments.

@@ -16,7 +16,7 @@ pub mod rope;
 mod update;
 
 pub use cx::Cx;
-pub use update::{OptimizerConfig, update};
+pub use update::{OptimizerConfig, update, update_scaled};
 
 use crate::op::{Concat, Embed, Gate, Last, LinearCrossEntropy, Pointwise, Un};
 use crate::{DType, Graph, Letter, ParamInit, Type, TypeError, ValueId, dims};

@@ -21,6 +21,18 @@ pub struct OptimizerConfig {
 /// # Errors
 /// [`TypeError`]: a bug.
 pub fn update(params: &[Param], config: &OptimizerConfig) -> Result<Graph, TypeError> {
+    update_scaled(params, config, &|_| 1.0)
+}
+
+/// [`update`] with a factor on each parameter's learning rate, above 0. The product of learning rate and weight decay stays as it is.
+///
+/// # Errors
+/// [`TypeError`]: a bug.
+pub fn update_scaled(
+    params: &[Param],
+    config: &OptimizerConfig,
+    lr_scale: &dyn Fn(&Param) -> f64,
+) -> Result<Graph, TypeError> {
     let mut g = Graph {
         params: params.to_vec(),
         ..Graph::default()
@@ -54,8 +66,12 @@ pub fn update(params: &[Param], config: &OptimizerConfig) -> Result<Graph, TypeE
             p.ty.clone(),
         )));
         tensors.push(AdamWTensor {
-            decay: if p.decay { config.weight_decay } else { 0.0 },
-            lr_scale: 1.0,
+            decay: if p.decay {
+                config.weight_decay / lr_scale(p)
+            } else {
+                0.0
+            },
+            lr_scale: lr_scale(p),
         });
     }
     let op = AdamW {

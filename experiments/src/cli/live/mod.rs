@@ -43,6 +43,8 @@ fn words(ended: &Ended) -> String {
                 human(s.tokens_per_sec)
             )
         }
+        Ended::Halved(why) => why.clone(),
+        Ended::Paused(step) => format!("waits after step {step}"),
         Ended::Interrupted => "stopped, checkpoint written".into(),
         Ended::Failed(why) => format!("failed: {why}"),
         Ended::NotBegun => "not begun".into(),

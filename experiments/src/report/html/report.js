@@ -341,7 +341,13 @@
 
   // ---- quality against cost
 
-  const trade = { cost: 0 };
+  const trade = { cost: 0, logX: false, logY: false };
+
+  // Sizes that lie far apart are read on a logarithmic axis.
+  const wide = (cost) => {
+    const xs = cost.x.filter((x) => x !== null && x !== undefined);
+    return Math.min(...xs) > 0 && Math.max(...xs) / Math.min(...xs) > 5;
+  };
 
   function drawScatter() {
     const cost = D.costs[trade.cost];
@@ -351,14 +357,15 @@
     const figure = $("scatter");
     if (points.length === 0) { figure.replaceChildren(el("figcaption", {}, "no configuration has both values")); return; }
     const xs = points.map((p) => p.x), low = Math.min(...xs), high = Math.max(...xs);
-    const log = low > 0 && high / low > 5;
+    const log = low > 0 && trade.logX;
     const ys = points.flatMap((p) => [p.y - p.sd, p.y + p.sd]);
     let y0 = Math.min(...ys), y1 = Math.max(...ys);
+    const logY = trade.logY && y0 > 0;
     const pad = 0.08 * (y1 - y0 || Math.abs(y1) || 1);
-    y0 -= pad; y1 += pad;
+    if (logY) { const f = (y1 / y0) ** 0.08; y0 /= f; y1 *= f; } else { y0 -= pad; y1 += pad; }
     const margin = log ? (high / low) ** 0.08 : 0.08 * (high - low || Math.abs(high) || 1);
     const sx = scale(log ? low / margin : Math.max(low - margin, low >= 0 ? Math.min(0, low) : -Infinity) , log ? high * margin : high + margin, left, W - right, log, cost.bytes ? 2 : 10);
-    const sy = scale(y0, y1, H - bottom, top, false);
+    const sy = scale(y0, y1, H - bottom, top, logY);
     const format = cost.bytes ? bytes : count;
     const root = svg("svg", { viewBox: `0 0 ${W} ${H}`, class: "chart", role: "img", "aria-label": `${D.metric} against ${cost.name}` });
     for (const t of sy.ticks(5)) root.append(svg("line", { x1: left, x2: W - right, y1: sy(t), y2: sy(t), class: "grid" }), svg("text", { x: left - 8, y: sy(t) + 4, class: "tick", "text-anchor": "end" }, tickText(t)));
@@ -368,6 +375,11 @@
     const front = points.filter((p) => p.front).sort((a, b) => a.x - b.x);
     if (front.length > 1) {
       root.append(svg("polyline", { points: front.map((p) => `${sx(p.x)},${sy(p.y)}`).join(" "), class: "front" }));
+    }
+    for (const l of cost.laws) {
+      const at = [...Array(61).keys()].map((i) => l.from * (l.to / l.from) ** (i / 60));
+      const line = at.map((x) => [x, l.e + l.a * x ** -l.b]).map(([x, y]) => `${sx(x)},${sy(y)}`).join(" ");
+      root.append(svg("polyline", { points: line, class: "law" }));
     }
     const placed = [];
     for (const p of [...points].sort((a, b) => b.y - a.y)) {
@@ -388,15 +400,27 @@
       placed.push(boxOf(free));
       root.append(svg("text", { x: x + free[0], y: y + free[1], class: "label", fill: colour(p.g), "text-anchor": free[2] }, text));
     }
-    figure.replaceChildren(root, el("figcaption", {}, "filled points, joined by the dashed line, are the Pareto front: no other configuration is both better and cheaper · whiskers: ± one standard deviation"));
+    const fitted = cost.laws.length > 0 ? " · thin lines: scaling laws, see below" : "";
+    figure.replaceChildren(root, el("figcaption", {}, `filled points, joined by the dashed line, are the Pareto front: no other configuration is both better and cheaper · whiskers: ± one standard deviation${fitted}`));
   }
 
   if (D.costs.length > 0 && D.metric && D.groups.length > 1) {
     const first = D.costs.findIndex((c) => c.bytes);
     trade.cost = Math.max(0, first);
-    $("trade-controls").append(el("label", {}, "cost", choose(D.costs.map((c, i) => [i, c.name]), trade.cost, (v) => { trade.cost = +v; drawScatter(); })));
+    const logX = check("log cost", false, (v) => { trade.logX = v; drawScatter(); });
+    const pick = (v) => {
+      trade.cost = +v;
+      trade.logX = wide(D.costs[trade.cost]);
+      logX.querySelector("input").checked = trade.logX;
+      drawScatter();
+    };
+    $("trade-controls").append(
+      el("label", {}, "cost", choose(D.costs.map((c, i) => [i, c.name]), trade.cost, pick)),
+      logX,
+      check("log quality", false, (v) => { trade.logY = v; drawScatter(); }),
+    );
     $("trade").hidden = false;
-    drawScatter();
+    pick(trade.cost);
   }
 
   // ---- two runs side by side
