@@ -151,7 +151,7 @@ pub(super) fn run(args: &SweepArgs) -> Result<(), CliError> {
         [] => Ok(()),
         [why] if only.is_some() => Err(CliError::Other(why.to_owned())),
         _ => Err(CliError::Other(format!(
-            "{} of {} members failed; the table shows the others",
+            "{} of {} members failed, as said above; the others are in the table",
             failed.len(),
             ended.len()
         ))),
@@ -291,8 +291,14 @@ fn slurm(
 
 /// Table, report and what to do next.
 fn conclude(file: &SweepFile, out: &Path, json: bool) -> Result<(), CliError> {
-    let runs =
-        report::load::load(&[out.to_path_buf()]).map_err(|e| CliError::Other(e.to_string()))?;
+    let runs = match report::load::load(&[out.to_path_buf()]) {
+        Ok(runs) => runs,
+        Err(report::LoadError::NoRuns { .. }) => {
+            eprintln!("no member has come as far as a run; there is nothing to compare");
+            return Ok(());
+        }
+        Err(e) => return Err(CliError::Other(e.to_string())),
+    };
     let options = report::compare::Options::of_sweep(file);
     let comparison = report::compare::compare(&runs, &options);
     let html = out.join("report.html");

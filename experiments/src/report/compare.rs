@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
-use super::fit::{Fit, power_law};
+use super::fit::{B_RANGE, Fit, power_law};
 use super::load::RunData;
 use super::pareto::front;
 use super::stats::{Estimate, Goal, Method, Test, Verdict, holm, test};
@@ -188,10 +188,14 @@ impl ScalingLaw {
     /// In words, with the 95% intervals.
     pub fn words(&self, metric: &str) -> String {
         let law = &self.fit.law;
-        let [e, _, b] = self
-            .fit
-            .ci95
-            .map(|(low, high)| format!("{} to {}", number(low), number(high)));
+        let [e, _, b] = self.fit.ci95;
+        let e = format!("{} to {}", number(e.0), number(e.1));
+        // At the end of what was searched the interval has no end.
+        let b = if b.1 >= 0.99 * B_RANGE.1 {
+            format!("{} and more", number(b.0))
+        } else {
+            format!("{} to {}", number(b.0), number(b.1))
+        };
         let of = if self.family.is_empty() {
             String::new()
         } else {

@@ -6,7 +6,7 @@
 use serde::Serialize;
 
 /// Exponents searched; published ones lie between 0.05 and 1 (Kaplan 2020, Hoffmann 2022).
-const B_RANGE: (f64, f64) = (0.005, 5.0);
+pub(super) const B_RANGE: (f64, f64) = (0.005, 5.0);
 /// Points of the first grid over the exponent's logarithm.
 const N_GRID: usize = 200;
 

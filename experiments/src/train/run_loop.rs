@@ -723,11 +723,30 @@ fn hyperparameters(run: &Run, request: &TrainRequest, counts: &Facts) -> Vec<(St
             HParam::Number(counts.params_active as f64),
         ),
     ];
-    h.extend(
-        request
-            .axes
-            .iter()
-            .map(|(k, v)| (k.clone(), HParam::Text(v.clone()))),
-    );
+    // An axis of the same name says it as the sweep does.
+    h.retain(|(name, _)| !request.axes.contains_key(name));
+    h.extend(request.axes.iter().map(|(k, v)| (k.clone(), hparam(v))));
     h
+}
+
+/// A value of an axis: TensorBoard draws numbers on scales and words as choices.
+fn hparam(text: &str) -> HParam {
+    match (text.parse::<f64>(), text.parse::<bool>()) {
+        (Ok(x), _) if x.is_finite() => HParam::Number(x),
+        (_, Ok(b)) => HParam::Flag(b),
+        _ => HParam::Text(text.to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn axes_are_numbers_switches_or_words() {
+        assert_eq!(hparam("1e-3"), HParam::Number(1e-3));
+        assert_eq!(hparam("true"), HParam::Flag(true));
+        assert_eq!(hparam("inf"), HParam::Text("inf".into()));
+        assert_eq!(hparam("\"a.ron\""), HParam::Text("\"a.ron\"".into()));
+    }
 }

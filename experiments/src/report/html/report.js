@@ -405,7 +405,8 @@
   }
 
   if (D.costs.length > 0 && D.metric && D.groups.length > 1) {
-    const first = D.costs.findIndex((c) => c.bytes);
+    const fitted = D.costs.findIndex((c) => c.laws.length > 0);
+    const first = fitted >= 0 ? fitted : D.costs.findIndex((c) => c.bytes);
     trade.cost = Math.max(0, first);
     const logX = check("log cost", false, (v) => { trade.logX = v; drawScatter(); });
     const pick = (v) => {
