@@ -1,14 +1,18 @@
-//! Executes plans. Three backends, one meaning: `cpu` (native), `cuda` (has its place here), `dfdx` (the reference).
+//! Executes plans. Three backends, one meaning: `cpu` (native), `cuda` (one GPU), `dfdx` (the reference).
 //!
 //! An [`Engine`] owns the memory that outlives a run (parameters, gradients, moments, states), shared by all programs loaded into it
 //! under the names of the graph's externals; a program is a graph and its plan, bound to that memory.
 
 mod cpu;
+mod cuda;
 pub mod dfdx;
 
 pub use cpu::{CpuEngine, available_bytes};
+pub use marimba_kernels::PRODUCT_SCRATCH as CUDA_PRODUCT_SCRATCH;
 
-use marimba_ir::{Graph, Plan, Type};
+pub use cuda::{CudaBytes, CudaEngine, cuda_bytes};
+
+use marimba_ir::{External, Graph, Plan, Type};
 use std::collections::HashMap;
 
 /// Numbers on the host.
@@ -41,6 +45,20 @@ impl HostTensor {
             HostTensor::I32(_) => &[],
         }
     }
+}
+
+/// Whether an output of this name is the new content of an external, which stays in the engine; [`Engine::read`] copies it out.
+fn stays(name: &str) -> bool {
+    let word = name.split_once(':').map(|(word, _)| word);
+    let kinds = [
+        External::Param,
+        External::Master,
+        External::Grad,
+        External::Moment1,
+        External::Moment2,
+        External::State,
+    ];
+    kinds.iter().any(|kind| word == Some(kind.word()))
 }
 
 /// A program loaded into an engine.
@@ -83,6 +101,12 @@ pub enum BackendError {
     Unknown {
         /// Name asked for.
         name: String,
+    },
+    /// The device refused or failed.
+    #[error("the device failed: {why}")]
+    Device {
+        /// Which call, and the driver's words.
+        why: String,
     },
     /// A plan that does not hold what it promises: a bug in the planner or in who made the plan.
     #[error("the plan is wrong: {why}; this is a bug in marimba")]
@@ -137,6 +161,17 @@ pub struct NodeTime {
     pub flops: f64,
 }
 
+/// Memory of a device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// Bytes that the engine asked for and holds.
+    pub allocated: usize,
+    /// Bytes in use as the device reports them: also the driver's own and other processes'.
+    pub in_use: usize,
+    /// Bytes that the device has.
+    pub total: usize,
+}
+
 /// A backend. Externals are addressed by `word:name` (`param:layers.0.mixer.in_proj`, `state:layers.0.mixer.conv`).
 pub trait Engine: Send {
     /// `cpu`, `dfdx` or `cuda`.
@@ -149,7 +184,8 @@ pub trait Engine: Send {
     /// [`BackendError`] when it does not fit or an op cannot run.
     fn load(&mut self, graph: Graph, plan: Plan) -> Result<ProgramId, BackendError>;
 
-    /// Runs a program on inputs by name; returns its named outputs (gradient outputs `grad:*` are left on the device).
+    /// Runs a program on inputs by name; returns its named outputs. Those that are memory of the engine (`grad:*`, `param:*`, `state:*` and
+    /// the like) stay there.
     ///
     /// # Errors
     /// [`BackendError`] when an input is missing or has another size.
@@ -180,6 +216,15 @@ pub trait Engine: Send {
     ) -> Result<Vec<NodeTime>, BackendError> {
         self.run(program, inputs)?;
         Ok(Vec::new())
+    }
+
+    /// Whether programs loaded from now on must give equal bits in equal runs. Backends that always do need do nothing; one that cannot
+    /// refuses the op when it is loaded.
+    fn set_deterministic(&mut self, _: bool) {}
+
+    /// Memory now, where the backend has a device with memory of its own.
+    fn memory(&self) -> Option<DeviceMemory> {
+        None
     }
 
     /// Overwrites an external, making it when it does not exist.

@@ -3,6 +3,9 @@
 
 use crate::data::rng::Rng;
 use marimba_ir::{Param, ParamInit};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc;
 
 /// Draws the parameter of a run with this seed.
 pub fn init(param: &Param, seed: u64) -> Vec<f32> {
@@ -32,6 +35,62 @@ pub fn init(param: &Param, seed: u64) -> Vec<f32> {
     }
 }
 
+/// Draws all parameters on these threads and hands them over in their order.
+///
+/// # Errors
+/// The first that `take` gives; nothing is handed over after it.
+pub fn init_all<E>(
+    params: &[Param],
+    seed: u64,
+    threads: usize,
+    mut take: impl FnMut(&Param, Vec<f32>) -> Result<(), E>,
+) -> Result<(), E> {
+    let threads = threads.clamp(1, params.len().max(1));
+    if threads == 1 {
+        return params.iter().try_for_each(|p| take(p, init(p, seed)));
+    }
+    let (next, done) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        let (send, receive) = mpsc::channel();
+        for _ in 0..threads {
+            let send = send.clone();
+            let (next, done) = (&next, &done);
+            scope.spawn(move || {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(p) = params.get(i) else { return };
+                    // What waits for its turn is memory: no more than a few parameters a thread.
+                    while i > done.load(Ordering::Relaxed) + 4 * threads {
+                        std::thread::sleep(std::time::Duration::from_micros(200));
+                    }
+                    if send.send((i, init(p, seed))).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        drop(send);
+        let mut early = BTreeMap::new();
+        for (i, data) in receive {
+            early.insert(i, data);
+            while let Some(data) = early.remove(&done.load(Ordering::Relaxed)) {
+                let at = done.load(Ordering::Relaxed);
+                let result = take(&params[at], data);
+                done.store(
+                    if result.is_ok() {
+                        at + 1
+                    } else {
+                        usize::MAX / 2
+                    },
+                    Ordering::Relaxed,
+                );
+                result?;
+            }
+        }
+        Ok(())
+    })
+}
+
 /// Box and Muller; one number a draw keeps streams independent of pairing.
 fn normal(rng: &mut Rng) -> f64 {
     let u = 1.0 - rng.unit();
@@ -48,13 +107,14 @@ fn stream(name: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use marimba_ir::{Type, dims};
+    use marimba_ir::{DType, Type, dims};
 
     fn param(init: ParamInit) -> Param {
         let ty = Type::f32(dims![I 100, N 50]);
         Param {
             name: "p".into(),
             ty,
+            compute: DType::F32,
             init,
             decay: true,
             trainable: true,
@@ -93,6 +153,34 @@ mod tests {
 
         let arange = init(&param(ParamInit::LogArange), 1);
         assert_eq!((arange[0], arange[49], arange[50]), (0.0, 50f32.ln(), 0.0));
+    }
+
+    #[test]
+    fn threads_change_nothing_and_errors_end_it() {
+        let params: Vec<Param> = (0..40)
+            .map(|i| Param {
+                name: format!("p{i}"),
+                ty: Type::f32(dims![I 1 + 97 * (i % 5), N 3]),
+                ..param(ParamInit::Normal(1.0))
+            })
+            .collect();
+        let all = |threads| {
+            let mut seen = Vec::new();
+            init_all(&params, 3, threads, |p, x| {
+                seen.push((p.name.clone(), x));
+                Ok::<(), ()>(())
+            })
+            .map(|()| seen)
+        };
+        let one = all(1).unwrap();
+        assert_eq!(one.len(), 40);
+        assert_eq!(one, all(3).unwrap());
+        let mut n = 0;
+        let ended = init_all(&params, 3, 3, |_, _| {
+            n += 1;
+            if n < 5 { Ok(()) } else { Err("full") }
+        });
+        assert_eq!((ended, n), (Err("full"), 5));
     }
 
     #[test]

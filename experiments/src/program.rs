@@ -1,11 +1,12 @@
 //! From a checked run to loaded programs: lower, differentiate, optimise, verify, plan.
 
 use marimba_dsl::model::Model;
-use marimba_dsl::run::{ActivationLoss, Recompute, Run, Tap};
+use marimba_dsl::run::{ActivationLoss, AdamW, Precision, Recompute, Run, Tap};
 use marimba_ir::lower::{Logits, OptimizerConfig, update_scaled};
 use marimba_ir::pass::{self, PassError, RecomputePolicy, Taps};
 use marimba_ir::{
-    Graph, Options, Plan, TypeError, ValueId, VerifyError, differentiate, lower, plan, verify,
+    DType, Graph, Options, Plan, TypeError, ValueId, VerifyError, differentiate, lower, plan,
+    verify,
 };
 use std::collections::BTreeMap;
 
@@ -38,6 +39,8 @@ pub enum CompileError {
 /// What of a run decides its training graph, besides the model and the shape.
 #[derive(Clone, Debug, PartialEq)]
 pub struct TrainOptions {
+    /// Element type of activations and matrices.
+    pub compute: DType,
     /// Coefficient of the squared log-sum-exp.
     pub z_loss: f64,
     /// What the forward pass keeps.
@@ -52,6 +55,7 @@ impl TrainOptions {
     /// As the run says, without probes.
     pub fn of(run: &Run) -> Self {
         TrainOptions {
+            compute: compute(run.precision),
             z_loss: run.z_loss,
             recompute: run.recompute,
             activation_loss: run.activation_loss.clone(),
@@ -59,14 +63,23 @@ impl TrainOptions {
         }
     }
 
-    /// Plain training.
+    /// Plain training in f32.
     pub fn plain() -> Self {
         TrainOptions {
+            compute: DType::F32,
             z_loss: 0.0,
             recompute: Recompute::None,
             activation_loss: None,
             probe: false,
         }
+    }
+}
+
+/// Element type of activations and matrices in a precision.
+pub fn compute(precision: Precision) -> DType {
+    match precision {
+        Precision::F32 => DType::F32,
+        Precision::Bf16 | Precision::Bf16Fp8 => DType::Bf16,
     }
 }
 
@@ -84,6 +97,7 @@ pub fn training(
     let mut graph = lower(
         model,
         &Options {
+            compute: options.compute,
             z_loss: options.z_loss,
             ..Options::train(batch, seq_len)
         },
@@ -124,8 +138,14 @@ pub fn count_activation_taps(model: &Model, loss: &ActivationLoss) -> Result<usi
 ///
 /// # Errors
 /// [`CompileError`]: a bug.
-pub fn evaluation(model: &Model, batch: usize, seq_len: usize) -> Result<Program, CompileError> {
+pub fn evaluation(
+    model: &Model,
+    compute: DType,
+    batch: usize,
+    seq_len: usize,
+) -> Result<Program, CompileError> {
     let options = Options {
+        compute,
         router_loss: false,
         ..Options::train(batch, seq_len)
     };
@@ -163,12 +183,24 @@ pub fn optimizer(
     run: &Run,
     lr_scales: &BTreeMap<String, f64>,
 ) -> Result<Program, CompileError> {
-    let o = &run.optimizer;
+    update_of(params, &run.optimizer, run.grad_clip, lr_scales)
+}
+
+/// The optimiser step of these constants; gradients are clipped to the global norm `clip`, and learning rates of parameters scaled.
+///
+/// # Errors
+/// [`CompileError`]: a bug.
+pub fn update_of(
+    params: &[marimba_ir::Param],
+    o: &AdamW,
+    clip: Option<f64>,
+    lr_scales: &BTreeMap<String, f64>,
+) -> Result<Program, CompileError> {
     let config = OptimizerConfig {
         betas: o.betas,
         eps: o.eps,
         weight_decay: o.weight_decay,
-        clip: run.grad_clip,
+        clip,
     };
     let scale = |p: &marimba_ir::Param| lr_scales.get(&p.name).copied().unwrap_or(1.0);
     let graph = update_scaled(params, &config, &scale)?;

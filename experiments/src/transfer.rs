@@ -56,7 +56,8 @@ pub enum TransferError {
 /// # Errors
 /// [`TransferError`] when the base is another model.
 pub fn apply(run: &Run) -> Result<Scaled, TransferError> {
-    let params = marimba_ir::lower::params(&run.model)?;
+    let compute = crate::program::compute(run.precision);
+    let params = marimba_ir::lower::params_in(&run.model, compute)?;
     let Some(transfer) = &run.transfer else {
         return Ok(Scaled {
             model: run.model.clone(),

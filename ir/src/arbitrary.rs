@@ -91,6 +91,7 @@ impl Builder {
             self.g.params.push(Param {
                 name: name.into(),
                 ty: ty.clone(),
+                compute: DType::F32,
                 init: ParamInit::Normal(0.02),
                 decay: matrix,
                 trainable: true,

@@ -4,7 +4,7 @@
 //! outlives a run) or the result of exactly one node (memory in the arena, unless it aliases an argument).
 
 use crate::op::{Alias, ArgTypes, Op};
-use crate::{Dim, Type};
+use crate::{DType, Dim, Type};
 use std::collections::HashMap;
 use std::fmt;
 
@@ -50,6 +50,8 @@ pub enum External {
     Input,
     /// A parameter in compute precision.
     Param,
+    /// The f32 number behind a parameter of a narrower type, which the optimiser moves.
+    Master,
     /// The gradient of the parameter of the same name, summed over micro-batches.
     Grad,
     /// First moment of AdamW.
@@ -68,6 +70,7 @@ impl External {
         match self {
             External::Input => "input",
             External::Param => "param",
+            External::Master => "master",
             External::Grad => "grad",
             External::Moment1 => "moment1",
             External::Moment2 => "moment2",
@@ -178,6 +181,8 @@ pub struct Param {
     pub name: String,
     /// Type of the stored (master) parameter.
     pub ty: Type,
+    /// Element type in which graphs read it.
+    pub compute: DType,
     /// Initialisation.
     pub init: ParamInit,
     /// Subject to weight decay: matrices are; norms, biases, `A_log`, `dt_bias`, `D` are not.

@@ -10,7 +10,27 @@ KERNEL adamw(const __grid_constant__ Tensors t, const float* lr, const float* st
     float rate = lr[0] * t.lr[k], decay = t.decay[k], c1 = (float)(1. - pow(b1, (double)step[0])), c2 = (float)(1. - pow(b2, (double)step[0]));
     float f1 = (float)b1, f2 = (float)b2, o1 = (float)(1. - b1), o2 = (float)(1. - b2);
     float f = clip > 0.f ? fminf(1.f, clip / norm[0]) : 1.f;
-    for (i64 i = global_thread(); i < t.n[k]; i += all_threads()) {
+    // A norm that is no number leaves everything as it was; the caller stops.
+    if (!(norm[0] < INF)) return;
+    i64 n = t.n[k], wide = (t.p[k] | t.g[k] | t.m[k] | t.v[k]) % 16 ? 0 : n / 8 * 8;
+    for (i64 i = 8 * global_thread(); i < wide; i += 8 * all_threads()) {
+        float gv[8], mv[8], vv[8], pv[8];
+        ld8(g, i, gv);
+        ld8(m, i, mv);
+        ld8(v, i, vv);
+        ld8(p, i, pv);
+#pragma unroll
+        for (int e = 0; e < 8; e++) {
+            float d = gv[e] * f;
+            mv[e] = f1 * mv[e] + o1 * d;
+            vv[e] = f2 * vv[e] + o2 * d * d;
+            pv[e] -= rate * (mv[e] / c1 / (sqrtf(vv[e] / c2) + eps) + decay * pv[e]);
+        }
+        st8(m, i, mv);
+        st8(v, i, vv);
+        st8(p, i, pv);
+    }
+    for (i64 i = wide + global_thread(); i < n; i += all_threads()) {
         float gv = g[i] * f, mv = f1 * m[i] + o1 * gv, vv = f2 * v[i] + o2 * gv * gv, pv = ld(p, i);
         m[i] = mv;
         v[i] = vv;
@@ -20,17 +40,18 @@ KERNEL adamw(const __grid_constant__ Tensors t, const float* lr, const float* st
 KERNEL square_parts(const __grid_constant__ Grads t, double* part) {
     const TA0* g = (const TA0*)t.g[blockIdx.y];
     double s = 0;
-    float run = 0;
-    int in = 0;
-    for (i64 i = global_thread(); i < t.n[blockIdx.y]; i += all_threads()) {
-        float v = ld(g, i);
-        run += v * v;
-        if (++in == 16) {
-            s += run;
-            run = 0;
-            in = 0;
-        }
+    i64 n = t.n[blockIdx.y], wide = t.g[blockIdx.y] % 16 ? 0 : n / 8 * 8;
+    for (i64 i = 8 * global_thread(); i < wide; i += 8 * all_threads()) {
+        float v[8], run = 0;
+        ld8(g, i, v);
+#pragma unroll
+        for (int e = 0; e < 8; e++) run += v[e] * v[e];
+        s += run;
     }
-    s = block_sum(s + run);
+    for (i64 i = wide + global_thread(); i < n; i += all_threads()) {
+        float v = ld(g, i);
+        s += v * v;
+    }
+    s = block_sum(s);
     if (threadIdx.x == 0) part[blockIdx.y * gridDim.x + blockIdx.x] = s;
 }

@@ -241,8 +241,6 @@ template <int N> __device__ __forceinline__ void to_operand(u32 (&a)[N / 2], con
     for (int i = 0; i < N / 2; i++) a[i] = pack(d[2 * i], d[2 * i + 1]);
 }
 
-__device__ __forceinline__ float low(u32 x) { return __uint_as_float(x << 16); }
-__device__ __forceinline__ float high(u32 x) { return __uint_as_float(x & 0xffff0000u); }
 
 #define STAGES 2
 #define Q_BYTES (HB * QM * 128)

@@ -77,6 +77,47 @@ __device__ __forceinline__ void st(float* p, i64 i, float v) { p[i] = v; }
 __device__ __forceinline__ void st(bf16* p, i64 i, float v) { u16 r; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(r) : "f"(v)); p[i].x = r; }
 __device__ __forceinline__ void st(f16* p, i64 i, float v) { u16 r; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(r) : "f"(v)); p[i].x = r; }
 
+// Eight elements at once; `i` is a multiple of 8, and p is aligned to 16 bytes.
+__device__ __forceinline__ void ld8(const float* p, i64 i, float* r) {
+    float4 a = *(const float4*)(p + i), b = *(const float4*)(p + i + 4);
+    r[0] = a.x; r[1] = a.y; r[2] = a.z; r[3] = a.w; r[4] = b.x; r[5] = b.y; r[6] = b.z; r[7] = b.w;
+}
+__device__ __forceinline__ void ld8(const bf16* p, i64 i, float* r) {
+    uint4 a = *(const uint4*)(p + i);
+    u32 w[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        r[2 * k] = __uint_as_float(w[k] << 16);
+        r[2 * k + 1] = __uint_as_float(w[k] & 0xffff0000u);
+    }
+}
+__device__ __forceinline__ void ld8(const f16* p, i64 i, float* r) {
+    uint4 a = *(const uint4*)(p + i);
+    u32 w[4] = {a.x, a.y, a.z, a.w};
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        f16 low = {(u16)w[k]}, high = {(u16)(w[k] >> 16)};
+        r[2 * k] = widen(low);
+        r[2 * k + 1] = widen(high);
+    }
+}
+__device__ __forceinline__ void st8(float* p, i64 i, const float* r) {
+    *(float4*)(p + i) = make_float4(r[0], r[1], r[2], r[3]);
+    *(float4*)(p + i + 4) = make_float4(r[4], r[5], r[6], r[7]);
+}
+__device__ __forceinline__ void st8(bf16* p, i64 i, const float* r) {
+    u32 w[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(w[k]) : "f"(r[2 * k + 1]), "f"(r[2 * k]));
+    *(uint4*)(p + i) = make_uint4(w[0], w[1], w[2], w[3]);
+}
+__device__ __forceinline__ void st8(f16* p, i64 i, const float* r) {
+    u32 w[4];
+#pragma unroll
+    for (int k = 0; k < 4; k++) asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(w[k]) : "f"(r[2 * k + 1]), "f"(r[2 * k]));
+    *(uint4*)(p + i) = make_uint4(w[0], w[1], w[2], w[3]);
+}
+
 __device__ __forceinline__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
 __device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
 __device__ __forceinline__ float dsilu(float x) { float s = sigmoid(x); return s * (1.f + x * (1.f - s)); }

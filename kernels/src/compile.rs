@@ -7,6 +7,7 @@ use cudarc::nvrtc::{result as nvrtc, sys};
 use sha2::{Digest, Sha256};
 use std::ffi::CString;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// What every source begins with.
 const HEAD: &str = concat!(
@@ -56,6 +57,15 @@ pub enum KernelError {
     },
 }
 
+/// `$XDG_CACHE_HOME/marimba` or `~/.cache/marimba`.
+pub(crate) fn cache_folder() -> Option<PathBuf> {
+    let home = |var: &str| std::env::var_os(var).filter(|v| !v.is_empty());
+    home("XDG_CACHE_HOME")
+        .map(PathBuf::from)
+        .or_else(|| home("HOME").map(|h| PathBuf::from(h).join(".cache")))
+        .map(|f| f.join("marimba"))
+}
+
 /// Where the dynamic loader looks.
 fn looked(names: &str) -> String {
     let path = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
@@ -102,13 +112,9 @@ impl Compiler {
     /// [`KernelError::Missing`] without NVRTC.
     pub fn new(arch: &str) -> Result<Self, KernelError> {
         Self::probe()?;
-        let home = |var: &str| std::env::var_os(var).filter(|v| !v.is_empty());
-        let folder = home("XDG_CACHE_HOME")
-            .map(PathBuf::from)
-            .or_else(|| home("HOME").map(|h| PathBuf::from(h).join(".cache")));
         Ok(Compiler {
             arch: arch.to_string(),
-            cache: folder.map(|f| f.join("marimba").join("cubin")),
+            cache: cache_folder().map(|f| f.join("cubin")),
         })
     }
 
@@ -131,12 +137,60 @@ impl Compiler {
         })
     }
 
+    /// Machine code of modules, compiled on all cores; `progress` hears how many are not in the cache.
+    pub(crate) fn cubins(
+        &self,
+        modules: &[&Module],
+        mut progress: impl FnMut(&str),
+    ) -> Vec<Result<Vec<u8>, KernelError>> {
+        let missing = |m: &&&Module| !self.file(m).is_some_and(|f| f.exists());
+        let missing = modules.iter().filter(missing).count();
+        if missing > 0 {
+            let plural = if missing == 1 { "" } else { "s" };
+            progress(&format!(
+                "compiling {missing} kernel{plural} for {}, once on this machine",
+                self.arch
+            ));
+        }
+        let threads = std::thread::available_parallelism()
+            .map_or(1, usize::from)
+            .min(missing.max(1));
+        let next = AtomicUsize::new(0);
+        let mut done: Vec<(usize, _)> = std::thread::scope(|scope| {
+            let work = || {
+                let mut mine = Vec::new();
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    let Some(m) = modules.get(i) else { return mine };
+                    mine.push((i, self.cubin(m)));
+                }
+            };
+            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+            let mut all = work();
+            // A thread that panicked did so inside the compiler; its modules are compiled again below.
+            all.extend(others.into_iter().filter_map(|t| t.join().ok()).flatten());
+            all
+        });
+        done.sort_by_key(|(i, _)| *i);
+        let mut done = done.into_iter().peekable();
+        (0..modules.len())
+            .map(|i| match done.next_if(|(k, _)| *k == i) {
+                Some((_, cubin)) => cubin,
+                None => self.cubin(modules[i]),
+            })
+            .collect()
+    }
+
+    fn file(&self, module: &Module) -> Option<PathBuf> {
+        self.cache.as_ref().map(|f| f.join(self.key(module)))
+    }
+
     /// Machine code of a module.
     ///
     /// # Errors
     /// [`KernelError::Compile`].
     pub fn cubin(&self, module: &Module) -> Result<Vec<u8>, KernelError> {
-        let file = self.cache.as_ref().map(|f| f.join(self.key(module)));
+        let file = self.file(module);
         if let Some(bytes) = file.as_ref().and_then(|f| std::fs::read(f).ok())
             && bytes.starts_with(b"\x7fELF")
         {

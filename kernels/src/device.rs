@@ -2,15 +2,23 @@
 
 #![allow(unsafe_code)] // calls into the driver and cuBLASLt
 
+use crate::choices::Choices;
 use crate::compile::{Compiler, KernelError, probe};
 use crate::record::{Command, DType, Launch, Module, Param, Product, Target, View};
 use cudarc::cublaslt::{result as lt, sys as ltsys};
 use cudarc::driver::{result as cu, sys};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{CString, c_void};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Products of fewer operations are not worth timing.
+const TUNED_FLOPS: f64 = 1e9;
+
+/// Ways to compute a product that are timed.
+const CANDIDATES: usize = 8;
 
 /// Memory that cuBLASLt may use for one product.
-const PRODUCT_SCRATCH: usize = 64 << 20;
+pub const PRODUCT_SCRATCH: usize = 64 << 20;
 
 /// A device with everything loaded on it.
 pub struct Device {
@@ -23,6 +31,9 @@ pub struct Device {
     modules: HashMap<Module, sys::CUmodule>,
     name: String,
     target: Target,
+    choices: Choices,
+    /// Sizes of what is allocated.
+    sizes: Mutex<HashMap<u64, usize>>,
 }
 
 // SAFETY: a Device is used from one thread at a time (methods that touch the stream make the context current first), and the driver's
@@ -36,6 +47,60 @@ pub struct Prepared {
 
 // SAFETY: handles and addresses, used only through the Device that made them.
 unsafe impl Send for Prepared {}
+
+impl Prepared {
+    /// Whether [`Device::tune`] has something to do.
+    pub fn untimed(&self) -> bool {
+        self.steps
+            .iter()
+            .any(|s| matches!(s, Step::Product(p) if p.candidates.len() > 1))
+    }
+}
+
+/// A captured run: one launch does it all.
+pub struct Captured(sys::CUgraphExec);
+
+// SAFETY: a handle, used only through the Device that made it.
+unsafe impl Send for Captured {}
+
+impl Drop for Captured {
+    fn drop(&mut self) {
+        // SAFETY: made by `Device::capture`, destroyed once; the driver waits for a replay in flight.
+        let _ = unsafe { cu::graph::exec_destroy(self.0) };
+    }
+}
+
+/// Memory of the host that the device copies from and to without the host's help.
+pub struct Pinned {
+    ptr: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: memory that this owns.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    /// The bytes. No copy may be in flight.
+    pub fn bytes(&self) -> &[u8] {
+        // SAFETY: allocated with this size, zeroed, and not changed by the host while borrowed.
+        unsafe { std::slice::from_raw_parts(self.ptr, self.bytes) }
+    }
+
+    /// The bytes, to write. No copy may be in flight.
+    pub fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above, borrowed alone.
+        unsafe { std::slice::from_raw_parts_mut(self.ptr, self.bytes) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.bytes > 0 {
+            // SAFETY: allocated by `Device::pinned`, freed once.
+            let _ = unsafe { cu::free_host(self.ptr.cast()) };
+        }
+    }
+}
 
 enum Step {
     Kernel {
@@ -56,7 +121,26 @@ struct BlasProduct {
     desc: ltsys::cublasLtMatmulDesc_t,
     layouts: [ltsys::cublasLtMatrixLayout_t; 3],
     algo: ltsys::cublasLtMatmulAlgo_t,
+    /// What else could be taken, best guess first; empty where the choice is made.
+    candidates: Vec<ltsys::cublasLtMatmulAlgo_t>,
     of: Product,
+}
+
+impl BlasProduct {
+    /// What the choice of an algorithm depends on.
+    fn key(&self) -> String {
+        let p = &self.of;
+        let align = |ptr: u64| 1u32 << ptr.trailing_zeros().min(8);
+        format!(
+            "{:?} {:?} {}->{} {} {:?}",
+            p.sizes,
+            p.transposed,
+            p.input.c_name(),
+            p.output.c_name(),
+            if p.beta == 0.0 { "=" } else { "+=" },
+            [align(p.a), align(p.b), align(p.c)]
+        )
+    }
 }
 
 impl Drop for BlasProduct {
@@ -167,6 +251,7 @@ impl Device {
                 product_scratch,
                 compiler,
                 modules: HashMap::new(),
+                choices: Choices::open(&name),
                 name,
                 target: Target {
                     hopper: (major, minor) == (9, 0),
@@ -174,6 +259,7 @@ impl Device {
                     multiprocessors,
                     deterministic: false,
                 },
+                sizes: Mutex::new(HashMap::from([(product_scratch, PRODUCT_SCRATCH)])),
             })
         }
     }
@@ -183,7 +269,7 @@ impl Device {
         &self.name
     }
 
-    /// What launchers may count on here; the order of sums is left open.
+    /// What launchers may count on here; the order of sums is left open unless the caller sets `deterministic`.
     pub fn target(&self) -> Target {
         self.target
     }
@@ -200,6 +286,15 @@ impl Device {
     pub fn memory(&self) -> Result<(usize, usize), KernelError> {
         self.enter()?;
         cu::mem_get_info().map_err(driver("asking for free memory"))
+    }
+
+    fn sizes(&self) -> MutexGuard<'_, HashMap<u64, usize>> {
+        self.sizes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Bytes allocated here, with the scratch area of products.
+    pub fn allocated(&self) -> usize {
+        self.sizes().values().sum()
     }
 
     /// Allocates zeroed bytes; 0 bytes give address 0.
@@ -219,6 +314,7 @@ impl Device {
             })?;
             cu::memset_d8_async(ptr, 0, bytes, self.stream).map_err(driver("zeroing"))?;
             self.sync()?;
+            self.sizes().insert(ptr, bytes);
             Ok(ptr)
         }
     }
@@ -234,6 +330,7 @@ impl Device {
                 let _ = self.sync();
                 let _ = cu::free_sync(ptr);
             }
+            self.sizes().remove(&ptr);
         }
     }
 
@@ -298,25 +395,33 @@ impl Device {
         unsafe { cu::memset_d8_async(ptr, byte, bytes, self.stream) }.map_err(driver("filling"))
     }
 
-    /// Compiles and loads what the commands need; `progress` hears of each module that is new to this device.
+    /// Compiles and loads what the commands need; `progress` hears what will take long.
     ///
     /// # Errors
     /// [`KernelError`].
     pub fn prepare(
         &mut self,
         commands: &[Command],
-        mut progress: impl FnMut(&Module),
+        progress: impl FnMut(&str),
     ) -> Result<Prepared, KernelError> {
         self.enter()?;
+        let mut new = Vec::new();
+        let mut seen = HashSet::new();
+        for command in commands {
+            if let Command::Launch(l) = command
+                && !self.modules.contains_key(&l.module)
+                && seen.insert(&l.module)
+            {
+                new.push(&l.module);
+            }
+        }
+        for (module, cubin) in new.iter().zip(self.compiler.cubins(&new, progress)) {
+            self.load_module(module, &cubin?)?;
+        }
         let mut steps = Vec::with_capacity(commands.len());
         for command in commands {
             steps.push(match command {
-                Command::Launch(l) => {
-                    if !self.modules.contains_key(&l.module) {
-                        progress(&l.module);
-                    }
-                    self.kernel(l)?
-                }
+                Command::Launch(l) => self.kernel(l)?,
                 Command::Product(p) => Step::Product(Box::new(self.product(p)?)),
                 Command::Zero { ptr, bytes } => Step::Zero(*ptr, *bytes),
                 Command::Copy { to, from, bytes } => Step::Copy(*to, *from, *bytes),
@@ -330,6 +435,10 @@ impl Device {
             return Ok(loaded);
         }
         let cubin = self.compiler.cubin(m)?;
+        self.load_module(m, &cubin)
+    }
+
+    fn load_module(&mut self, m: &Module, cubin: &[u8]) -> Result<sys::CUmodule, KernelError> {
         // SAFETY: the driver checks the image, which is alive during the call.
         let loaded = unsafe { cu::module::load_data(cubin.as_ptr().cast()) }
             .map_err(driver(&format!("loading {}", m.stem)))?;
@@ -419,12 +528,15 @@ impl Device {
         )
         .map_err(blas("description"))?;
         let pref = lt::create_matmul_pref().map_err(blas("preference"))?;
+        let mut found =
+            [std::mem::MaybeUninit::<ltsys::cublasLtMatmulHeuristicResult_t>::uninit(); CANDIDATES];
+        let mut n_found = 0;
         use ltsys::cublasLtMatmulDescAttributes_t as D;
         use ltsys::cublasLtMatmulPreferenceAttributes_t as P;
         let flip = |f: bool| i32::from(f);
         let align = |ptr: u64| 1u32 << ptr.trailing_zeros().min(8);
         // SAFETY: handles made above; each attribute is given as the type that the library documents for it.
-        let found = unsafe {
+        let asked = unsafe {
             let set = |attr, value: &i32| {
                 lt::set_matmul_desc_attribute(desc, attr, std::ptr::from_ref(value).cast(), 4)
             };
@@ -464,20 +576,258 @@ impl Device {
                     )
                 })
                 .and_then(|()| {
-                    lt::get_matmul_algo_heuristic(
-                        self.blas, desc, layouts[0], layouts[1], layouts[2], layouts[2], pref,
+                    ltsys::cublasLtMatmulAlgoGetHeuristic(
+                        self.blas,
+                        desc,
+                        layouts[0],
+                        layouts[1],
+                        layouts[2],
+                        layouts[2],
+                        pref,
+                        CANDIDATES as i32,
+                        found.as_mut_ptr().cast(),
+                        &mut n_found,
                     )
+                    .result()
                 })
         };
         // SAFETY: made above, destroyed once.
         let _ = unsafe { lt::destroy_matmul_pref(pref) };
-        let found = found.map_err(blas(&format!("a product of {:?} {p:?}", p.sizes)))?;
-        Ok(BlasProduct {
+        let what = format!("a product of {:?} {p:?}", p.sizes);
+        asked.map_err(blas(&what))?;
+        let candidates: Vec<_> = found[..usize::try_from(n_found).unwrap_or(0)]
+            .iter()
+            // SAFETY: as many were written as were said to be found.
+            .map(|r| unsafe { r.assume_init() })
+            .filter(|r| r.state == ltsys::cublasStatus_t::CUBLAS_STATUS_SUCCESS)
+            .map(|r| r.algo)
+            .collect();
+        let first = candidates.first().ok_or_else(|| KernelError::Driver {
+            what: format!("cuBLASLt: {what}"),
+            why: "no algorithm for it".into(),
+        })?;
+        let mut product = BlasProduct {
             desc,
             layouts,
-            algo: found.algo,
+            algo: *first,
+            candidates: Vec::new(),
             of: p.clone(),
-        })
+        };
+        match self.choices.get(&product.key()) {
+            Some(algo) => product.algo = algo,
+            None if 2.0 * m as f64 * n as f64 * k as f64 >= TUNED_FLOPS => {
+                product.candidates = candidates;
+            }
+            None => {}
+        }
+        Ok(product)
+    }
+
+    /// Times the ways to compute each large product that has not been timed on this machine before, takes the fastest, and keeps the choice
+    /// on disk. Reads operands where they are and writes results elsewhere; where there is no room for that, nothing is timed.
+    ///
+    /// # Safety
+    /// As [`Device::run`].
+    ///
+    /// # Errors
+    /// [`KernelError::Driver`].
+    pub unsafe fn tune(
+        &mut self,
+        prepared: &mut Prepared,
+        mut progress: impl FnMut(&str),
+    ) -> Result<(), KernelError> {
+        let mut untimed: Vec<&mut BlasProduct> = Vec::new();
+        for step in &mut prepared.steps {
+            if let Step::Product(p) = step
+                && p.candidates.len() > 1
+            {
+                untimed.push(p);
+            }
+        }
+        let bytes = |p: &Product| p.sizes.0 * p.sizes.1 * p.output.bytes();
+        let largest = untimed.iter().map(|p| bytes(&p.of)).max().unwrap_or(0);
+        if largest == 0 {
+            return Ok(());
+        }
+        let Ok(elsewhere) = self.allocate(largest) else {
+            return Ok(());
+        };
+        let keys: HashSet<String> = untimed.iter().map(|p| p.key()).collect();
+        progress(&format!(
+            "timing the products of {} shapes, once on this machine",
+            keys.len()
+        ));
+        // SAFETY: the caller's promise; results go to fresh memory that holds the largest of them.
+        let timed = untimed.into_iter().try_for_each(|p| unsafe {
+            let key = p.key();
+            let candidates = std::mem::take(&mut p.candidates);
+            if let Some(known) = self.choices.get(&key) {
+                p.algo = known;
+                return Ok(());
+            }
+            let home = std::mem::replace(&mut p.of.c, elsewhere);
+            let best = self.fastest(p, &candidates);
+            p.of.c = home;
+            p.algo = best?;
+            self.choices.put(key, p.algo);
+            Ok(())
+        });
+        // SAFETY: allocated above, no longer in use once all work is done, which freeing waits for.
+        unsafe { self.free(elsewhere) };
+        self.choices.save();
+        timed
+    }
+
+    /// # Safety
+    /// As [`Device::run`].
+    unsafe fn fastest(
+        &self,
+        p: &mut BlasProduct,
+        candidates: &[ltsys::cublasLtMatmulAlgo_t],
+    ) -> Result<ltsys::cublasLtMatmulAlgo_t, KernelError> {
+        const ROUNDS: usize = 3;
+        let fail = driver("timing products");
+        let flags = sys::CUevent_flags_enum::CU_EVENT_DEFAULT;
+        let first = p.algo;
+        let mut best = (f32::INFINITY, first);
+        // SAFETY: the caller's promise; events are recorded on one stream and destroyed once.
+        unsafe {
+            let (start, end) = (
+                cu::event::create(flags).map_err(&fail)?,
+                cu::event::create(flags).map_err(&fail)?,
+            );
+            let timed = candidates.iter().try_for_each(|&algo| {
+                p.algo = algo;
+                // The first run is not timed; an algorithm that fails is none.
+                if self.multiply(p).is_err() {
+                    return Ok(());
+                }
+                for _ in 0..ROUNDS {
+                    cu::event::record(start, self.stream).map_err(&fail)?;
+                    self.multiply(p)?;
+                    cu::event::record(end, self.stream).map_err(&fail)?;
+                    self.sync()?;
+                    let ms = cu::event::elapsed(start, end).map_err(&fail)?;
+                    if ms < best.0 {
+                        best = (ms, algo);
+                    }
+                }
+                Ok(())
+            });
+            let _ = cu::event::destroy(start);
+            let _ = cu::event::destroy(end);
+            p.algo = first;
+            timed.map(|()| best.1)
+        }
+    }
+
+    /// # Safety
+    /// As [`Device::run`].
+    unsafe fn multiply(&self, p: &BlasProduct) -> Result<(), KernelError> {
+        let (alpha, beta) = (p.of.alpha, p.of.beta);
+        // SAFETY: the caller's promise.
+        unsafe {
+            lt::matmul(
+                self.blas,
+                p.desc,
+                std::ptr::from_ref(&alpha).cast(),
+                std::ptr::from_ref(&beta).cast(),
+                p.of.b as *const c_void,
+                p.layouts[0],
+                p.of.a as *const c_void,
+                p.layouts[1],
+                p.of.c as *const c_void,
+                p.layouts[2],
+                p.of.c as *mut c_void,
+                p.layouts[2],
+                &p.algo,
+                self.product_scratch as *mut c_void,
+                PRODUCT_SCRATCH,
+                self.stream.cast(),
+            )
+        }
+        .map_err(blas("product"))
+    }
+
+    /// Zeroed memory of the host for copies that wait for nothing.
+    ///
+    /// # Errors
+    /// [`KernelError::Memory`].
+    pub fn pinned(&self, bytes: usize) -> Result<Pinned, KernelError> {
+        if bytes == 0 {
+            let ptr = std::ptr::NonNull::dangling().as_ptr();
+            return Ok(Pinned { ptr, bytes });
+        }
+        self.enter()?;
+        // SAFETY: zeroed before it leaves.
+        unsafe {
+            let ptr: *mut u8 = cu::malloc_host(bytes, 0)
+                .map_err(|e| KernelError::Memory {
+                    bytes,
+                    why: e.to_string(),
+                })?
+                .cast();
+            ptr.write_bytes(0, bytes);
+            Ok(Pinned { ptr, bytes })
+        }
+    }
+
+    /// Copies from the device without waiting; the bytes may be looked at after [`Device::sync`].
+    ///
+    /// # Safety
+    /// `ptr` holds as many bytes, and `to` stays where it is and is not touched until then.
+    ///
+    /// # Errors
+    /// [`KernelError::Driver`].
+    pub unsafe fn read_later(&self, ptr: u64, to: &mut [u8]) -> Result<(), KernelError> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        self.enter()?;
+        // SAFETY: the caller's promise.
+        unsafe { cu::memcpy_dtoh_async(to, ptr, self.stream) }
+            .map_err(driver("copying from the device"))
+    }
+
+    /// Captures a part of prepared commands, without running it.
+    ///
+    /// # Safety
+    /// As [`Device::run`], for as long as the result is replayed.
+    ///
+    /// # Errors
+    /// [`KernelError::Driver`].
+    pub unsafe fn capture(
+        &self,
+        prepared: &Prepared,
+        range: std::ops::Range<usize>,
+    ) -> Result<Captured, KernelError> {
+        self.enter()?;
+        use sys::CUstreamCaptureMode_enum::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL as MODE;
+        // SAFETY: the stream lives as long as self; what is begun is ended, also after a failure.
+        unsafe {
+            cu::stream::begin_capture(self.stream, MODE).map_err(driver("starting a capture"))?;
+            let recorded = self.run(prepared, range);
+            let graph = cu::stream::end_capture(self.stream);
+            recorded?;
+            let graph = graph.map_err(driver("ending a capture"))?;
+            let none = sys::CUgraphInstantiate_flags_enum(0);
+            let exec = cu::graph::instantiate(graph, none);
+            let _ = cu::graph::destroy(graph);
+            exec.map(Captured).map_err(driver("making a graph"))
+        }
+    }
+
+    /// Runs what was captured, in stream order, without waiting.
+    ///
+    /// # Safety
+    /// As [`Device::run`].
+    ///
+    /// # Errors
+    /// [`KernelError::Driver`].
+    pub unsafe fn replay(&self, captured: &Captured) -> Result<(), KernelError> {
+        self.enter()?;
+        // SAFETY: the caller's promise.
+        unsafe { cu::graph::launch(captured.0, self.stream) }.map_err(driver("running a graph"))
     }
 
     /// Runs parts of prepared commands one after the other; the seconds that each took on the device.
@@ -570,28 +920,7 @@ impl Device {
                     )
                     .map_err(driver("launching a kernel"))
                 }
-                Step::Product(p) => {
-                    let (alpha, beta) = (p.of.alpha, p.of.beta);
-                    lt::matmul(
-                        self.blas,
-                        p.desc,
-                        std::ptr::from_ref(&alpha).cast(),
-                        std::ptr::from_ref(&beta).cast(),
-                        p.of.b as *const c_void,
-                        p.layouts[0],
-                        p.of.a as *const c_void,
-                        p.layouts[1],
-                        p.of.c as *const c_void,
-                        p.layouts[2],
-                        p.of.c as *mut c_void,
-                        p.layouts[2],
-                        &p.algo,
-                        self.product_scratch as *mut c_void,
-                        PRODUCT_SCRATCH,
-                        self.stream.cast(),
-                    )
-                    .map_err(blas("product"))
-                }
+                Step::Product(p) => self.multiply(p),
                 Step::Zero(ptr, bytes) => {
                     cu::memset_d8_async(*ptr, 0, *bytes, self.stream).map_err(driver("zeroing"))
                 }

@@ -9,6 +9,7 @@ mod attention;
 mod cache_write;
 mod cast;
 mod causal_conv1d;
+mod choices;
 mod compile;
 mod concat;
 mod device;
@@ -35,10 +36,10 @@ pub use cast::cast;
 pub use causal_conv1d::{causal_conv1d, causal_conv1d_bwd};
 pub use compile::{Compiler, KernelError};
 pub use concat::{concat, split};
-pub use device::{Device, Prepared};
+pub use device::{Captured, Device, PRODUCT_SCRATCH, Pinned, Prepared};
 pub use embed::{embed, embed_bwd};
 pub use gated_delta::{gated_delta, gated_delta_bwd};
-pub use linear::{linear, linear_dw, linear_dx};
+pub use linear::{linear, linear_dw, linear_dx, noise};
 pub use linear_cross_entropy::{
     CrossEntropy, linear_cross_entropy, linear_cross_entropy_bwd, linear_cross_entropy_grad,
 };

@@ -1,7 +1,9 @@
 //! Matrix products, by cuBLASLt, accumulated in f32.
 
 use crate::cast::convert;
-use crate::record::{Args, Command, DType, Product, Recorder, THREADS, Tensor, int, long, over};
+use crate::record::{
+    Args, Command, DType, Param, Product, Recorder, THREADS, Tensor, int, long, over,
+};
 use crate::reduce::scale_into;
 
 /// Operand of a product.
@@ -80,6 +82,18 @@ pub(crate) fn flipped(t: &Tensor) -> Mat<'_> {
         t,
         transposed: true,
     }
+}
+
+/// Fills memory with numbers of about one, in any float type: what products are timed on.
+pub fn noise(r: &mut Recorder, ptr: u64, bytes: usize) {
+    let n = bytes / 4;
+    r.launch(
+        ("linear", "noise"),
+        Vec::new(),
+        over(n),
+        THREADS,
+        vec![Param::Ptr(ptr), long(n)],
+    );
 }
 
 /// `y` of `x, w, b?`.

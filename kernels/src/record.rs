@@ -398,6 +398,11 @@ pub(crate) fn over(n: usize) -> [usize; 3] {
     [n.div_ceil(THREADS).min(1 << 20), 1, 1]
 }
 
+/// Whether all addresses allow accesses of 16 bytes; an absent tensor does.
+pub(crate) fn aligned(tensors: &[&Tensor]) -> bool {
+    tensors.iter().all(|t| t.ptr.is_multiple_of(16))
+}
+
 /// Chunks into which sums over `rows` are divided.
 pub(crate) fn chunks(rows: usize) -> usize {
     rows.div_ceil(64).clamp(1, 256)

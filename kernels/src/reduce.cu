@@ -36,6 +36,20 @@ KERNEL all_sum(const double* part, float* y, int n, double over, int root) {
     s = block_sum(s) / over;
     if (threadIdx.x == 0) y[0] = (float)(root ? sqrt(s) : s);
 }
+// As accumulate; n is a multiple of 8, both addresses of 16 bytes.
+KERNEL accumulate8(float* into, const float* beta, const TA2* x, i64 n) {
+    float b = beta[0];
+    for (i64 i = 8 * global_thread(); i < n; i += 8 * all_threads()) {
+        float v[8] = {0, 0, 0, 0, 0, 0, 0, 0}, y[8];
+        if (x) ld8(x, i, v);
+        if (b != 0.f) {
+            ld8(into, i, y);
+#pragma unroll
+            for (int k = 0; k < 8; k++) v[k] += b * y[k];
+        }
+        st8(into, i, v);
+    }
+}
 // into = beta into + x; a beta of 0 never reads.
 KERNEL accumulate(float* into, const float* beta, const TA2* x, i64 n) {
     float b = beta[0];

@@ -1,7 +1,7 @@
 //! Launches of sums. Every sum has two stages and a fixed order: runs are bitwise equal.
 
 use crate::record::{
-    Args, DType, Param, Recorder, THREADS, Tensor, chunks, flag, int, long, over, types,
+    Args, DType, Param, Recorder, THREADS, Tensor, aligned, chunks, flag, int, long, over, types,
 };
 
 /// Blocks of the first stage of a sum of everything.
@@ -43,10 +43,15 @@ pub(crate) fn scale_into(r: &mut Recorder, into: &Tensor, beta: &Tensor) {
 }
 
 fn accumulate_at(r: &mut Recorder, into: u64, beta: &Tensor, x: &Tensor, n: usize) {
+    let wide = into.is_multiple_of(16) && aligned(&[x]) && n.is_multiple_of(8);
+    let (function, steps) = match wide {
+        true => ("accumulate8", n / 8),
+        false => ("accumulate", n),
+    };
     r.launch(
-        ("reduce", "accumulate"),
+        ("reduce", function),
         types(&[("TA2", x.dtype)]),
-        over(n),
+        over(steps),
         THREADS,
         vec![Param::Ptr(into), beta.into(), x.into(), long(n)],
     );

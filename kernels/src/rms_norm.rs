@@ -1,6 +1,6 @@
 //! Launches of the RMS norm: one block a group of elements; the weight's gradient in two stages, in a fixed order.
 
-use crate::record::{Args, DType, Param, Recorder, chunks, flag, int, long};
+use crate::record::{Args, DType, Param, Recorder, Tensor, aligned, chunks, flag, int, long};
 use crate::reduce::sum_parts;
 
 /// Attributes of the norm.
@@ -16,18 +16,26 @@ pub struct RmsNorm {
     pub gate: i32,
 }
 
-fn threads(group: usize) -> usize {
-    group.div_ceil(4).next_power_of_two().clamp(32, 1024)
+/// Whether rows can be walked 8 elements at a time.
+fn wide(op: &RmsNorm, tensors: &[&Tensor]) -> bool {
+    op.group.is_multiple_of(8) && aligned(tensors)
+}
+
+fn threads(group: usize, wide: bool) -> usize {
+    let each = if wide { 8 } else { 4 };
+    group.div_ceil(each).next_multiple_of(32).clamp(32, 1024)
 }
 
 /// `y`, `rstd` of `x, w?, z?`.
 pub fn rms_norm(r: &mut Recorder, a: &Args, op: &RmsNorm) {
     let (x, w) = (a.arg(0), a.arg(1));
+    let wide = wide(op, &[x, w, a.arg(2), a.res(0)]);
+    let function = if wide { "rms_norm8" } else { "rms_norm" };
     r.launch(
-        ("rms_norm", "rms_norm"),
+        ("rms_norm", function),
         a.types(),
         [x.len() / op.group, 1, 1],
-        threads(op.group),
+        threads(op.group, wide),
         vec![
             x.into(),
             w.into(),
@@ -54,11 +62,13 @@ pub fn rms_norm_bwd(r: &mut Recorder, a: &Args, op: &RmsNorm) {
         .into_iter()
         .filter(|(name, _)| name.starts_with("TA") || name == "TR0")
         .collect();
+    let wide = wide(op, &[x, w, z, dy, a.res(0), dz]);
+    let function = if wide { "rms_norm_dx8" } else { "rms_norm_dx" };
     r.launch(
-        ("rms_norm", "rms_norm_dx"),
+        ("rms_norm", function),
         types.clone(),
         [x.len() / op.group, 1, 1],
-        threads(op.group),
+        threads(op.group, wide),
         vec![
             x.into(),
             w.into(),
@@ -77,10 +87,16 @@ pub fn rms_norm_bwd(r: &mut Recorder, a: &Args, op: &RmsNorm) {
         let rows = x.len() / w_len.max(1);
         let n = chunks(rows);
         let part = r.scratch(DType::F32, n * w_len);
+        // A weight shorter than a row is repeated over groups: its rows are groups, each with a rstd of its own.
+        let (function, each) = if wide {
+            ("rms_norm_dw8", 8)
+        } else {
+            ("rms_norm_dw", 1)
+        };
         r.launch(
-            ("rms_norm", "rms_norm_dw"),
+            ("rms_norm", function),
             types,
-            [w_len.div_ceil(128), n, 1],
+            [w_len.div_ceil(128 * each), n, 1],
             128,
             vec![
                 x.into(),

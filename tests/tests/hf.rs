@@ -264,6 +264,18 @@ macro_rules! cases {
             })*
         }
 
+        /// On a GPU; where there is none the tests say so and pass.
+        mod cuda {
+            use super::*;
+            $(#[test]
+            fn $name() {
+                match marimba_backend::CudaEngine::new() {
+                    Ok(_) => verify_case($case, &|| Ok(Box::new(marimba_backend::CudaEngine::new()?))),
+                    Err(e) => eprintln!("skipped: {e}"),
+                }
+            })*
+        }
+
         #[test]
         fn no_case_is_forgotten() {
             let all: Vec<String> = cases().iter().map(|c| name(c)).collect();

@@ -5,7 +5,7 @@
 
 use marimba_backend::dfdx::reference::{self, Arg};
 use marimba_backend::dfdx::{Device, DfdxEngine};
-use marimba_backend::{BackendError, CpuEngine, Engine, HostTensor, Outputs};
+use marimba_backend::{BackendError, CpuEngine, CudaEngine, Engine, HostTensor, Outputs};
 use marimba_ir::op::*;
 use marimba_ir::{
     DType, External, Graph, Param, ParamInit, Phase, Place, Type, ValueId, differentiate, dims,
@@ -14,6 +14,7 @@ use marimba_ir::{
 use marimba_tests::samples::{Gen, Sample, draw};
 use marimba_tests::tolerance::{self, error_ratio};
 use std::collections::BTreeSet;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Draws of each op.
 const DRAWS: u64 = 64;
@@ -67,6 +68,7 @@ fn build(op: &Op, args: &[Option<Arg>], params: &[usize]) -> Built {
             graph.params.push(Param {
                 name: name.clone(),
                 ty: arg.ty.clone(),
+                compute: DType::F32,
                 init: ParamInit::Zeros,
                 decay: false,
                 trainable: true,
@@ -157,6 +159,26 @@ fn engines() -> Vec<Box<dyn Engine>> {
     vec![Box::new(cpu), Box::new(DfdxEngine::<Device>::default())]
 }
 
+/// Does something with the engine of the GPU, emptied and poisoned; nothing (and says so once) where there is no GPU.
+fn on_gpu(f: impl FnOnce(&mut dyn Engine)) {
+    static GPU: OnceLock<Option<Mutex<CudaEngine>>> = OnceLock::new();
+    let gpu = GPU.get_or_init(|| match CudaEngine::new() {
+        Ok(mut engine) => {
+            engine.set_poison(true);
+            Some(Mutex::new(engine))
+        }
+        Err(e) => {
+            eprintln!("skipped on cuda: {e}");
+            None
+        }
+    });
+    if let Some(gpu) = gpu {
+        let mut engine = gpu.lock().unwrap_or_else(PoisonError::into_inner);
+        engine.clear();
+        f(&mut *engine);
+    }
+}
+
 fn compare(what: &str, got: &HostTensor, want: &HostTensor, tolerance: f64) {
     match (got, want) {
         (HostTensor::F32(got), HostTensor::F32(want)) => {
@@ -244,6 +266,7 @@ fn suite(names: &[&str]) {
                 let ran = check(engine.as_mut(), seed, &s);
                 assert!(ran, "{name} does not run on {}", engine.name());
             }
+            on_gpu(|engine| assert!(check(engine, seed, &s), "{name} does not run on cuda"));
         }
     }
 }
@@ -447,13 +470,18 @@ fn gradients_written_over_buffers() {
             for (k, &r) in built.results.iter().enumerate() {
                 built.graph.outputs.push((format!("r{k}"), r));
             }
-            let mut engine = CpuEngine::new(2).unwrap();
-            engine.set_poison(true);
-            let got = built.run(&mut engine).unwrap();
-            for (k, want) in want.iter().enumerate() {
-                let what = format!("{} result {k} of seed {seed}", op.name());
-                compare(&what, &got[&format!("r{k}")], want, 2e-5);
-            }
+            let run = |engine: &mut dyn Engine| {
+                let got = built.run(engine).unwrap();
+                for (k, want) in want.iter().enumerate() {
+                    let what = format!("{} result {k} of seed {seed}", op.name());
+                    let what = format!("{what} on {}", engine.name());
+                    compare(&what, &got[&format!("r{k}")], want, 2e-5);
+                }
+            };
+            let mut cpu = CpuEngine::new(2).unwrap();
+            cpu.set_poison(true);
+            run(&mut cpu);
+            on_gpu(run);
         }
     }
 }
@@ -532,6 +560,7 @@ fn a_thousand_tokens() {
         cpu.set_poison(true);
         let ran = check(&mut cpu, 0, &s);
         assert!(ran, "{}", s.op.name());
+        on_gpu(|engine| assert!(check(engine, 0, &s), "{}", s.op.name()));
     }
 }
 

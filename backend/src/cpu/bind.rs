@@ -150,6 +150,7 @@ unsafe fn slice_mut<'a, T>(start: *mut T, len: usize) -> &'a mut [T] {
 fn is_shared(e: &External) -> bool {
     match e {
         External::Param
+        | External::Master
         | External::Grad
         | External::Moment1
         | External::Moment2
@@ -397,7 +398,7 @@ impl Program {
         let outputs = graph
             .outputs
             .iter()
-            .filter(|(name, _)| !name.starts_with("grad:"))
+            .filter(|(name, _)| !crate::stays(name))
             .map(|(name, v)| (name.clone(), loc(*v)))
             .collect();
         Program {

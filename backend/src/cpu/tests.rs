@@ -6,7 +6,9 @@ use marimba_ir::op::{
     AdamW, AdamWTensor, Combine, Dispatch, Embed, Gate, GatherRows, GlobalNorm, GroupedLinear,
     Linear, LinearCrossEntropy, Normalize, Pointwise, RmsNorm, Rope, Route, Score, Un,
 };
-use marimba_ir::{External, Param, ParamInit, Phase, Place, ValueId, differentiate, dims, plan};
+use marimba_ir::{
+    DType, External, Param, ParamInit, Phase, Place, ValueId, differentiate, dims, plan,
+};
 
 const T: usize = 12;
 const D: usize = 16;
@@ -44,6 +46,7 @@ fn model(optimiser: bool) -> Graph {
         g.params.push(Param {
             name: name.into(),
             ty,
+            compute: DType::F32,
             init: ParamInit::Normal(0.3),
             decay: true,
             trainable: true,

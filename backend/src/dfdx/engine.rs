@@ -129,6 +129,7 @@ impl<D: DfdxDevice<f32>> Run<'_, D> {
         let data = match kind {
             External::Input => self.input(&value.name, &value.ty)?,
             External::Param
+            | External::Master
             | External::Grad
             | External::Moment1
             | External::Moment2
@@ -334,7 +335,7 @@ impl<D: DfdxDevice<f32>> Run<'_, D> {
         }
         let mut outputs = Outputs::new();
         for (name, v) in &self.g.outputs {
-            if name.starts_with("grad:") {
+            if crate::stays(name) {
                 continue;
             }
             let x = self
@@ -436,6 +437,7 @@ impl<D: DfdxDevice<f32> + Send> Engine for DfdxEngine<D> {
                 }
                 Some(
                     External::Param
+                    | External::Master
                     | External::Grad
                     | External::Moment1
                     | External::Moment2

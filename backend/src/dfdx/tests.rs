@@ -1018,6 +1018,7 @@ fn tiny() -> Graph {
     g.params.push(Param {
         name: "w".into(),
         ty: table.clone(),
+        compute: DType::F32,
         init: ParamInit::Normal(1.0),
         decay: true,
         trainable: true,

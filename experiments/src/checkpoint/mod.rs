@@ -540,13 +540,14 @@ pub fn check_tensors(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use marimba_ir::{ParamInit, dims};
+    use marimba_ir::{DType, ParamInit, dims};
     use serde_json::json;
 
     fn param(name: &str, d: Vec<marimba_ir::Dim>, trainable: bool) -> Param {
         Param {
             name: name.into(),
             ty: Type::f32(d),
+            compute: DType::F32,
             init: ParamInit::Zeros,
             decay: false,
             trainable,

@@ -5,14 +5,16 @@ use crate::data::rng::Rng;
 use crate::engine;
 use crate::init;
 use crate::program::{self, Program, TrainOptions};
-use clap::{Args, Subcommand};
-use marimba_backend::{Engine, HostTensor, ProgramId};
+use clap::{Args, Subcommand, ValueEnum};
+use marimba_backend::{
+    CUDA_PRODUCT_SCRATCH as PRODUCT_SCRATCH, Engine, HostTensor, ProgramId, cuda_bytes,
+};
 use marimba_dsl::Source;
-use marimba_dsl::run::AdamW;
-use marimba_ir::lower::{OptimizerConfig, update};
+use marimba_dsl::run::{AdamW, Recompute};
 use marimba_ir::op::Linear;
-use marimba_ir::{External, Graph, Phase, Place, Type, cost, dims, plan};
+use marimba_ir::{DType, External, Graph, Phase, Place, Type, cost, dims, plan};
 use serde::Serialize;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -35,9 +37,18 @@ pub(super) struct BenchTrainArgs {
     model: PathBuf,
     #[command(flatten)]
     sets: Sets,
-    /// auto, cpu or dfdx
+    /// auto, cpu, dfdx or cuda
     #[arg(long, default_value = "auto")]
     backend: String,
+    /// Number formats: f32, or bf16 with f32 master weights
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: PrecisionArg,
+    /// Launch kernel by kernel instead of replaying CUDA graphs
+    #[arg(long)]
+    no_graph: bool,
+    /// Recompute activations so that they take at most so many GiB
+    #[arg(long, value_name = "GIB")]
+    activations: Option<f64>,
     /// Rows of a batch
     #[arg(long, default_value_t = 8)]
     batch: usize,
@@ -58,10 +69,27 @@ pub(super) struct BenchTrainArgs {
     json: bool,
 }
 
+/// Number formats.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub(super) enum PrecisionArg {
+    F32,
+    Bf16,
+}
+
+impl PrecisionArg {
+    pub(super) fn dtype(self) -> DType {
+        match self {
+            PrecisionArg::F32 => DType::F32,
+            PrecisionArg::Bf16 => DType::Bf16,
+        }
+    }
+}
+
 #[derive(Serialize)]
 struct BenchTrain {
     model: String,
     backend: &'static str,
+    precision: String,
     threads: usize,
     batch: usize,
     seq_len: usize,
@@ -71,6 +99,10 @@ struct BenchTrain {
     step_ms_min: f64,
     arena_bytes: usize,
     live_bytes: usize,
+    /// What the program and the optimiser take on a GPU, by the plan.
+    planned_bytes: usize,
+    /// What the device reports as used more than before; on the cpu absent.
+    device_bytes: Option<usize>,
     model_flops_per_token: f64,
     model_flops_per_sec: f64,
     matmul_flops_per_sec: f64,
@@ -92,40 +124,50 @@ fn bench_train(args: &BenchTrainArgs) -> Result<(), CliError> {
     let model = super::files::model_of(&source, &args.sets.sets)?;
     let backend = super::hf::backend_of(&args.backend)?;
     let threads = args.threads.unwrap_or_else(engine::cores);
-    let mut engine = engine::open(backend, threads)?;
-    let matmul_before = matmul_rate(engine.as_mut())?;
+    let compute = args.precision.dtype();
+    // The ceiling is measured on an engine of its own, so that its memory is not the run's.
+    let matmul_before = matmul_rate(engine::open(backend, threads)?.as_mut(), compute)?;
+    let mut engine = engine::open_with(backend, threads, !args.no_graph)?;
+    let empty = engine.memory();
+    if compute != DType::F32 && engine.name() != "cuda" {
+        return Err(CliError::Other(format!(
+            "the {} backend computes in f32 only; leave --precision out",
+            engine.name()
+        )));
+    }
 
     let Program {
         graph,
         plan: memory,
     } = program::training(
         &model,
-        &TrainOptions::plain(),
+        &TrainOptions {
+            compute,
+            recompute: match args.activations {
+                Some(gib) => Recompute::Budget((gib * (1u64 << 30) as f64) as u64),
+                None => Recompute::None,
+            },
+            ..TrainOptions::plain()
+        },
         args.batch.max(1),
         args.seq.max(1),
     )?;
     let tokens = args.batch * args.seq;
     let model_flops_per_token = cost::costs(&graph).model_flops() / tokens as f64;
     let params = graph.params.clone();
-    for p in &params {
-        engine.write(
-            &format!("param:{}", p.name),
-            &p.ty,
-            &HostTensor::F32(init::init(p, 0)),
-        )?;
-    }
+    init::init_all(&params, 0, engine::cores(), |p, data| {
+        let data = HostTensor::F32(data);
+        if p.compute != DType::F32 {
+            engine.write(&format!("master:{}", p.name), &p.ty, &data)?;
+        }
+        let ty = p.ty.with_dtype(p.compute);
+        engine.write(&format!("param:{}", p.name), &ty, &data)
+    })?;
     let (arena_bytes, live_bytes) = (memory.arena_bytes, memory.live_bytes);
+    let update = program::update_of(&params, &AdamW::default(), Some(1.0), &BTreeMap::new())?;
+    let planned = cuda_bytes([(&graph, &memory), (&update.graph, &update.plan)]);
     let step = engine.load(graph, memory)?;
-    let o = AdamW::default();
-    let config = OptimizerConfig {
-        betas: o.betas,
-        eps: o.eps,
-        weight_decay: o.weight_decay,
-        clip: Some(1.0),
-    };
-    let g = update(&params, &config)?;
-    let memory = plan(&g);
-    let optimizer = engine.load(g, memory)?;
+    let optimizer = engine.load(update.graph, update.plan)?;
 
     let mut rng = Rng::new(&[0]);
     let ids: Vec<i32> = (0..tokens)
@@ -143,30 +185,42 @@ fn bench_train(args: &BenchTrainArgs) -> Result<(), CliError> {
         ("grad_keep", HostTensor::F32(vec![0.0])),
         ("aux_scale", HostTensor::F32(vec![1.0])),
     ];
+    let mut update_inputs = [
+        ("lr", HostTensor::F32(vec![1e-3])),
+        ("step", HostTensor::F32(vec![1.0])),
+    ];
     let mut times = Vec::new();
     let mut loss = f64::NAN;
     for i in 0..args.steps.max(1) + 2 {
         let begun = Instant::now();
         let out = engine.run(step, &inputs)?;
-        let n = HostTensor::F32(vec![(i + 1) as f32]);
-        engine.run(
-            optimizer,
-            &[("lr", HostTensor::F32(vec![1e-3])), ("step", n)],
-        )?;
+        update_inputs[1].1 = HostTensor::F32(vec![(i + 1) as f32]);
+        engine.run(optimizer, &update_inputs)?;
         times.push(begun.elapsed().as_secs_f64());
         loss = out
             .get("loss")
             .and_then(|l| l.f32().first())
             .map_or(f64::NAN, |&l| f64::from(l));
     }
-    let matmul = matmul_before.max(matmul_rate(engine.as_mut())?);
+    let full = engine.memory();
+    if args.profile {
+        profile(
+            engine.as_mut(),
+            &[(step, &inputs), (optimizer, &update_inputs)],
+        )?;
+    }
+    let name = engine.name();
+    drop(engine);
+    let matmul_after = matmul_rate(engine::open(backend, threads)?.as_mut(), compute)?;
+    let matmul = matmul_before.max(matmul_after);
     let mut times = times.split_off(2);
     times.sort_by(f64::total_cmp);
     let secs = times[times.len() / 2];
     let tokens_per_sec = tokens as f64 / secs;
     let result = BenchTrain {
         model: model.name.clone(),
-        backend: engine.name(),
+        backend: name,
+        precision: compute.to_string(),
         threads,
         batch: args.batch,
         seq_len: args.seq,
@@ -176,21 +230,22 @@ fn bench_train(args: &BenchTrainArgs) -> Result<(), CliError> {
         step_ms_min: times[0] * 1e3,
         arena_bytes,
         live_bytes,
+        planned_bytes: planned.total(),
+        device_bytes: full
+            .zip(empty)
+            .map(|(full, empty)| full.in_use.saturating_sub(empty.in_use) + PRODUCT_SCRATCH),
         model_flops_per_token,
         model_flops_per_sec: model_flops_per_token * tokens_per_sec,
         matmul_flops_per_sec: matmul,
         fraction: model_flops_per_token * tokens_per_sec / matmul,
         loss,
     };
-    if args.profile {
-        profile(engine.as_mut(), step, &inputs)?;
-    }
     if args.json {
         return print_json(&result);
     }
     println!(
-        "{} on {} with {} threads, {} x {} tokens",
-        result.model, result.backend, threads, args.batch, args.seq
+        "{} in {} on {} with {} threads, {} x {} tokens",
+        result.model, result.precision, result.backend, threads, args.batch, args.seq
     );
     println!(
         "  step          {:.1} ms (fastest {:.1} ms)   {} tokens/s",
@@ -213,16 +268,29 @@ fn bench_train(args: &BenchTrainArgs) -> Result<(), CliError> {
         human_bytes(arena_bytes as u64),
         human_bytes(live_bytes as u64)
     );
+    if let Some(bytes) = result.device_bytes {
+        println!(
+            "  on the GPU    {} planned: {} stored, {} arena, {} scratch; the device reports {}, {:+.2}%",
+            human_bytes(planned.total() as u64),
+            human_bytes(planned.stored as u64),
+            human_bytes(planned.arena as u64),
+            human_bytes(planned.scratch as u64),
+            human_bytes(bytes as u64),
+            100.0 * (bytes as f64 / planned.total() as f64 - 1.0)
+        );
+    }
     Ok(())
 }
 
-/// Time by op, largest first, on stderr.
+/// Time by op over these programs, largest first, on stderr.
 fn profile(
     engine: &mut dyn Engine,
-    program: ProgramId,
-    inputs: &[(&str, HostTensor)],
+    programs: &[(ProgramId, &[(&str, HostTensor)])],
 ) -> Result<(), CliError> {
-    let rows = engine.profile(program, inputs)?;
+    let mut rows = Vec::new();
+    for (program, inputs) in programs {
+        rows.extend(engine.profile(*program, inputs)?);
+    }
     let total: f64 = rows.iter().map(|r| r.secs).sum();
     let mut by_op: Vec<(String, f64, usize, f64)> = Vec::new();
     for r in rows {
@@ -247,25 +315,30 @@ fn profile(
     Ok(())
 }
 
-/// Best rate of a 1024^3 f32 product through the same engine.
-fn matmul_rate(engine: &mut dyn Engine) -> Result<f64, CliError> {
-    const N: usize = 1024;
+/// Best rate of a square product through such an engine: of 1024 rows on a CPU, 8192 on a GPU.
+fn matmul_rate(engine: &mut dyn Engine, dtype: DType) -> Result<f64, CliError> {
+    let n = if engine.memory().is_some() {
+        8192
+    } else {
+        1024
+    };
+    let ty = |rows| Type::new(dtype, vec![rows, dims![D n][0]]);
     let mut g = Graph::new();
     let at = Place {
         path: "bench".into(),
         block: None,
         phase: Phase::Forward,
     };
-    let x = g.add_external(External::Param, "bench.x", Type::f32(dims![R N, D N]));
-    let w = g.add_external(External::Param, "bench.w", Type::f32(dims![D N, D N]));
+    let x = g.add_external(External::Param, "bench.x", ty(dims![R n][0]));
+    let w = g.add_external(External::Param, "bench.w", ty(dims![D n][0]));
     let y = g.push(Linear, vec![Some(x), Some(w), None], &at)?[0];
     g.outputs.push(("grad:bench".into(), y));
     for name in ["bench.x", "bench.w"] {
         let mut rng = Rng::new(&[1]);
-        let data = (0..N * N).map(|_| rng.unit() as f32 - 0.5).collect();
+        let data = (0..n * n).map(|_| rng.unit() as f32 - 0.5).collect();
         engine.write(
             &format!("param:{name}"),
-            &Type::f32(dims![R N, D N]),
+            &ty(dims![R n][0]),
             &HostTensor::F32(data),
         )?;
     }
@@ -277,5 +350,5 @@ fn matmul_rate(engine: &mut dyn Engine) -> Result<f64, CliError> {
         engine.run(program, &[])?;
         best = best.min(begun.elapsed().as_secs_f64());
     }
-    Ok(2.0 * (N as f64).powi(3) / best)
+    Ok(2.0 * (n as f64).powi(3) / best)
 }

@@ -3,6 +3,7 @@
 use super::{CliError, human_bytes, print_json};
 use crate::engine;
 use clap::Args;
+use marimba_backend::{BackendError, CudaEngine};
 use serde::Serialize;
 
 /// Say what this machine has.
@@ -39,10 +40,9 @@ struct Facts {
 pub(super) fn run(args: &DoctorArgs) -> Result<(), CliError> {
     let gpus = gpus();
     let libraries = libraries();
-    let cuda_ready = !gpus.is_empty()
-        && libraries
-            .iter()
-            .all(|l| l.found.is_some() || l.name == "libnccl.so");
+    // The engine's own start is the probe: what it needs, and what it says when that is missing, is known there alone.
+    let cuda = CudaEngine::new().map(|e| e.device_name().to_string());
+    let auto = "what --backend auto takes here";
     let facts = Facts {
         version: env!("CARGO_PKG_VERSION"),
         os: std::env::consts::OS,
@@ -55,7 +55,10 @@ pub(super) fn run(args: &DoctorArgs) -> Result<(), CliError> {
             (
                 "cpu",
                 true,
-                "native, multi-threaded; what --backend auto takes here".to_string(),
+                match cuda {
+                    Ok(_) => "native, multi-threaded".to_string(),
+                    Err(_) => format!("native, multi-threaded; {auto}"),
+                },
             ),
             (
                 "dfdx",
@@ -64,12 +67,11 @@ pub(super) fn run(args: &DoctorArgs) -> Result<(), CliError> {
             ),
             (
                 "cuda",
-                false,
-                if cuda_ready {
-                    "a GPU and its libraries are here, but this build has no CUDA engine yet"
-                        .to_string()
-                } else {
-                    "no usable GPU here, and this build has no CUDA engine yet".to_string()
+                cuda.is_ok(),
+                match &cuda {
+                    Ok(name) => format!("{name}, in f32 and bf16; {auto}"),
+                    Err(BackendError::NoDevice { why, .. }) => why.clone(),
+                    Err(e) => e.to_string(),
                 },
             ),
         ],

@@ -1,15 +1,19 @@
 //! `marimba show FILE`: layers as a table and a diagram, counts, and the memory of a step before anything runs.
 
+use super::bench::PrecisionArg;
 use super::{CliError, Sets, human, human_bytes, print_json};
 use crate::facts::facts;
 use crate::program::{self, Program, TrainOptions};
 use clap::{Args, ValueEnum};
+use marimba_backend::cuda_bytes;
 use marimba_dsl::Source;
 use marimba_dsl::dialect::{self, DialectError};
 use marimba_dsl::model::{Ffn, Layer, Mixer, Model};
+use marimba_dsl::run::AdamW;
 use marimba_ir::lower::Logits;
-use marimba_ir::print;
+use marimba_ir::{DType, print};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 /// Show a model.
@@ -28,6 +32,9 @@ pub(super) struct ShowArgs {
     /// Print the memory plan: arena, live bound, largest values at the peak
     #[arg(long)]
     plan: bool,
+    /// Number formats: f32, or bf16 with f32 master weights
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: PrecisionArg,
     /// Which graph
     #[arg(long, value_enum, default_value = "train")]
     mode: ModeArg,
@@ -96,7 +103,13 @@ pub(super) fn run(args: &ShowArgs) -> Result<(), CliError> {
     let batch = args.batch.max(1);
     let counts = facts(&model, seq)?;
     let Program { graph, plan } = match args.mode {
-        ModeArg::Train => program::training(&model, &TrainOptions::plain(), batch, seq)?,
+        ModeArg::Train => {
+            let options = TrainOptions {
+                compute: args.precision.dtype(),
+                ..TrainOptions::plain()
+            };
+            program::training(&model, &options, batch, seq)?
+        }
         ModeArg::Prefill => {
             program::inference(&model, batch, seq.max(2), seq.max(2), Logits::Last)?
         }
@@ -105,6 +118,17 @@ pub(super) fn run(args: &ShowArgs) -> Result<(), CliError> {
     let param_bytes = counts.params_total * 4;
     let train = matches!(args.mode, ModeArg::Train);
     let largest = plan.largest_at_peak(&graph, 8);
+    let update = match args.mode {
+        ModeArg::Train => Some(program::update_of(
+            &graph.params,
+            &AdamW::default(),
+            None,
+            &BTreeMap::new(),
+        )?),
+        ModeArg::Prefill | ModeArg::Decode => None,
+    };
+    let programs = update.iter().map(|u| (&u.graph, &u.plan));
+    let cuda = cuda_bytes(programs.chain([(&graph, &plan)]));
     if args.json {
         let mut out = serde_json::to_value(&counts)?;
         if let Value::Object(map) = &mut out {
@@ -115,6 +139,7 @@ pub(super) fn run(args: &ShowArgs) -> Result<(), CliError> {
             map.insert("arena_bytes".into(), json!(plan.arena_bytes));
             map.insert("live_bytes".into(), json!(plan.live_bytes));
             map.insert("param_bytes".into(), json!(param_bytes));
+            map.insert("cuda_bytes".into(), json!(cuda.total()));
             map.insert(
                 "grad_bytes".into(),
                 json!(if train { param_bytes } else { 0 }),
@@ -172,6 +197,14 @@ pub(super) fn run(args: &ShowArgs) -> Result<(), CliError> {
             human_bytes(param_bytes)
         );
     }
+    println!(
+        "on a GPU          {:>12}  in {}: {} stored, {} arena, {} scratch",
+        human_bytes(cuda.total() as u64),
+        graph.params.first().map_or(DType::F32, |p| p.compute),
+        human_bytes(cuda.stored as u64),
+        human_bytes(cuda.arena as u64),
+        human_bytes(cuda.scratch as u64)
+    );
     if args.plan {
         println!("\nlargest values at the peak:");
         for (path, ty, bytes) in &largest {

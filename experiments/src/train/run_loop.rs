@@ -584,9 +584,9 @@ impl Loop<'_> {
             params: self.trainer.params(),
             moments: true,
         };
-        let engine = self.trainer.engine();
+        let trainer = &self.trainer;
         let root = self.dir.checkpoints_dir();
-        let path = checkpoint::save(&root, &contents, &mut |key, _| match engine.read(key) {
+        let path = checkpoint::save(&root, &contents, &mut |key, _| match trainer.read(key) {
             Ok(HostTensor::F32(v)) => Ok(v),
             Ok(HostTensor::I32(_)) => Err("holds integers".into()),
             Err(e) => Err(e.to_string()),
@@ -630,9 +630,8 @@ fn restore(
     }
     let found = Checkpoint::open(&root)?;
     let params = trainer.params().to_vec();
-    let engine = trainer.engine_mut();
     found.restore(&params, true, &mut |key, ty, data| {
-        engine
+        trainer
             .write(key, ty, &HostTensor::F32(data))
             .map_err(|e| e.to_string())
     })?;

@@ -5,11 +5,11 @@ use crate::data::{Batch, IGNORED};
 use crate::init;
 use crate::program::{self, ACTIVATION_ALPHA, Program, TrainOptions};
 use crate::transfer::{self, Scaled};
-use marimba_backend::{Engine, HostTensor, Outputs, ProgramId};
+use marimba_backend::{BackendError, Engine, HostTensor, Outputs, ProgramId};
 use marimba_dsl::model::Model;
 use marimba_dsl::run::{Precision, Reduction, Run};
-use marimba_ir::{Param, Plan};
-use std::collections::HashMap;
+use marimba_ir::{DType, Param, Plan, Type};
+use std::collections::{BTreeSet, HashMap};
 
 /// What a program was compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -49,6 +49,8 @@ pub struct Trainer {
     engine: Box<dyn Engine>,
     model: Model,
     options: TrainOptions,
+    /// Names of parameters whose `master` the optimiser moves.
+    masters: BTreeSet<String>,
     alpha_from: Option<(f64, usize)>,
     params: Vec<Param>,
     optimizer: ProgramId,
@@ -62,21 +64,26 @@ impl Trainer {
     /// # Errors
     /// [`TrainError`] when the run does not fit the engine.
     pub fn new(run: &Run, mut engine: Box<dyn Engine>) -> Result<Trainer, TrainError> {
-        if run.precision != Precision::F32 {
+        let help = match (run.precision, engine.name()) {
+            (Precision::F32, _) | (Precision::Bf16, "cuda") => None,
+            (Precision::Bf16, _) => Some("set precision: F32, or train on a GPU"),
+            (Precision::Bf16Fp8, _) => Some("set precision: Bf16 or F32"),
+        };
+        if let Some(help) = help {
             return Err(TrainError::Unsupported {
                 what: format!("precision {:?}", run.precision),
                 backend: engine.name(),
-                help: "set precision: F32",
+                help,
             });
         }
+        engine.set_deterministic(run.deterministic);
         let Scaled { model, params, lr } = transfer::apply(run)?;
-        for p in &params {
-            engine.write(
-                &format!("param:{}", p.name),
-                &p.ty,
-                &HostTensor::F32(init::init(p, run.seed)),
-            )?;
-        }
+        let has_master = |p: &&Param| p.trainable && p.compute != DType::F32;
+        let masters = params.iter().filter(has_master);
+        let masters: BTreeSet<String> = masters.map(|p| p.name.clone()).collect();
+        init::init_all(&params, run.seed, crate::engine::cores(), |p, data| {
+            write_param(engine.as_mut(), &masters, p, &HostTensor::F32(data))
+        })?;
         // The graph takes the mean over taps; a sum is that many times as much.
         let alpha_from = match &run.activation_loss {
             Some(a) => {
@@ -96,6 +103,7 @@ impl Trainer {
             engine,
             model,
             options: TrainOptions::of(run),
+            masters,
             alpha_from,
             params,
             optimizer,
@@ -122,6 +130,31 @@ impl Trainer {
     /// The engine, for loading parameters and moments.
     pub fn engine_mut(&mut self) -> &mut dyn Engine {
         self.engine.as_mut()
+    }
+
+    /// Reads what checkpoints hold: `param:NAME` is the f32 number that the optimiser moves.
+    ///
+    /// # Errors
+    /// As [`Engine::read`].
+    pub fn read(&self, key: &str) -> Result<HostTensor, BackendError> {
+        match key.strip_prefix("param:") {
+            Some(name) if self.masters.contains(name) => {
+                self.engine.read(&format!("master:{name}"))
+            }
+            Some(_) | None => self.engine.read(key),
+        }
+    }
+
+    /// Overwrites what checkpoints hold: a parameter is written in every precision in which it is kept.
+    ///
+    /// # Errors
+    /// As [`Engine::write`].
+    pub fn write(&mut self, key: &str, ty: &Type, data: &HostTensor) -> Result<(), BackendError> {
+        let name = key.strip_prefix("param:");
+        match name.and_then(|name| self.params.iter().find(|p| p.name == name)) {
+            Some(p) => write_param(self.engine.as_mut(), &self.masters, p, data),
+            None => self.engine.write(key, ty, data),
+        }
     }
 
     /// Loads the training program of a shape; nothing is allocated when it does not fit.
@@ -156,7 +189,9 @@ impl Trainer {
                 batch,
                 seq_len,
             )?,
-            Key::Eval { batch, seq_len } => program::evaluation(&self.model, batch, seq_len)?,
+            Key::Eval { batch, seq_len } => {
+                program::evaluation(&self.model, self.options.compute, batch, seq_len)?
+            }
         };
         let id = self.engine.load(graph, plan.clone())?;
         self.programs.insert(key, id);
@@ -261,6 +296,22 @@ impl Trainer {
         };
         Ok((take("nll"), take("hit")))
     }
+}
+
+fn write_param(
+    engine: &mut dyn Engine,
+    masters: &BTreeSet<String>,
+    p: &Param,
+    data: &HostTensor,
+) -> Result<(), BackendError> {
+    if masters.contains(&p.name) {
+        engine.write(&format!("master:{}", p.name), &p.ty, data)?;
+    }
+    engine.write(
+        &format!("param:{}", p.name),
+        &p.ty.with_dtype(p.compute),
+        data,
+    )
 }
 
 fn loss_inputs(batch: &Batch, scale: f32, micro_batches: usize) -> Vec<(&'static str, HostTensor)> {

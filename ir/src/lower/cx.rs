@@ -181,6 +181,7 @@ impl<'m> Cx<'m> {
             self.graph.params.push(Param {
                 name: name.to_string(),
                 ty: ty.with_dtype(DType::F32),
+                compute: ty.dtype,
                 init,
                 decay,
                 trainable,

@@ -315,7 +315,19 @@ fn plain(norm: &Norm, group: usize) -> crate::op::RmsNorm {
 /// # Errors
 /// [`TypeError`]: a bug.
 pub fn params(model: &Model) -> Result<Vec<crate::Param>, TypeError> {
-    Ok(lower(model, &Options::train(1, 1))?.params)
+    params_in(model, DType::F32)
+}
+
+/// The same for graphs that compute in another type.
+///
+/// # Errors
+/// [`TypeError`]: a bug.
+pub fn params_in(model: &Model, compute: DType) -> Result<Vec<crate::Param>, TypeError> {
+    let options = Options {
+        compute,
+        ..Options::train(1, 1)
+    };
+    Ok(lower(model, &options)?.params)
 }
 
 /// Initialisation of a matrix that writes to the residual stream.

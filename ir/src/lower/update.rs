@@ -1,7 +1,7 @@
 //! The optimiser's graph: global gradient norm, then AdamW over all trainable parameters. Runs once per step, after the micro-batches.
 
-use crate::op::{AdamW, AdamWTensor, GlobalNorm};
-use crate::{External, Graph, Param, Phase, Place, Type, TypeError};
+use crate::op::{AdamW, AdamWTensor, Cast, GlobalNorm};
+use crate::{DType, External, Graph, Param, Phase, Place, Type, TypeError};
 
 /// Constants of the optimiser.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,7 +16,8 @@ pub struct OptimizerConfig {
     pub clip: Option<f64>,
 }
 
-/// Inputs `lr`, `step` (from 1), both `f32[X1]`; output `grad_norm`. Parameters, gradients and moments by name.
+/// Inputs `lr`, `step` (from 1), both `f32[X1]`; output `grad_norm`. Parameters, gradients and moments by name. Where graphs read a
+/// parameter in a narrower type, the step moves its `master`, and writes the `param` from it.
 ///
 /// # Errors
 /// [`TypeError`]: a bug.
@@ -53,7 +54,11 @@ pub fn update_scaled(
     let mut args = vec![Some(lr), Some(step), Some(norm)];
     let mut tensors = Vec::new();
     for (p, grad) in trainable.iter().zip(grads) {
-        args.push(Some(g.add_external(External::Param, &p.name, p.ty.clone())));
+        let kind = match p.compute {
+            DType::F32 => External::Param,
+            DType::Bf16 | DType::F16 | DType::I32 => External::Master,
+        };
+        args.push(Some(g.add_external(kind, &p.name, p.ty.clone())));
         args.push(grad);
         args.push(Some(g.add_external(
             External::Moment1,
@@ -82,9 +87,16 @@ pub fn update_scaled(
     };
     let results = g.push(op, args, &at)?;
     for (i, r) in results.into_iter().enumerate() {
-        let kind = ["param", "moment1", "moment2"][i % 3];
-        g.outputs
-            .push((format!("{kind}:{}", trainable[i / 3].name), r));
+        let p = trainable[i / 3];
+        let mut kind = ["param", "moment1", "moment2"][i % 3];
+        if i % 3 == 0 && p.compute != DType::F32 {
+            kind = "master";
+            let ty = p.ty.with_dtype(p.compute);
+            let narrow = g.add_external(External::Param, &p.name, ty);
+            let r = g.push(Cast { to: p.compute }, vec![Some(r), Some(narrow)], &at)?[0];
+            g.outputs.push((format!("param:{}", p.name), r));
+        }
+        g.outputs.push((format!("{kind}:{}", p.name), r));
     }
     g.outputs.push(("grad_norm".into(), norm));
     Ok(g)

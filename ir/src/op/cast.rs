@@ -3,9 +3,10 @@
 //! | arg/result | type | meaning |
 //! |---|---|---|
 //! | x | f[..] | |
+//! | into? | to[..] | when present the result is written over it |
 //! | -> y | to[..] | |
 
-use super::{ArgTypes, Differentiable, OpDef};
+use super::{Alias, ArgTypes, Differentiable, OpDef};
 use crate::vjp::Vjp;
 use crate::{DType, Type, TypeError};
 
@@ -21,13 +22,20 @@ impl OpDef for Cast {
     fn infer(&self, a: &ArgTypes) -> Result<Vec<Type>, TypeError> {
         let x = a.req(0, "x")?;
         a.check(x.dtype.is_float() && self.to.is_float(), x, "a float type")?;
-        Ok(vec![x.with_dtype(self.to)])
+        let y = x.with_dtype(self.to);
+        if let Some(into) = a.opt(1) {
+            a.check(*into == y, into, &y)?;
+        }
+        Ok(vec![y])
+    }
+    fn alias(&self, _: usize) -> Option<Alias> {
+        Some(Alias::InPlace { arg: 1 })
     }
     fn flops(&self, _: &[Option<&Type>], _: &[&Type]) -> f64 {
         0.0
     }
     fn arg_names(&self) -> &'static [&'static str] {
-        &["x"]
+        &["x", "into"]
     }
     fn attrs(&self) -> String {
         self.to.to_string()

@@ -102,7 +102,7 @@ pub struct Support {
 }
 
 /// Backends that run every family; the tests hold each of them to the fixtures of each family.
-pub const BACKENDS: &[&str] = &["cpu", "dfdx"];
+pub const BACKENDS: &[&str] = &["cpu", "dfdx", "cuda"];
 
 /// One row per family.
 pub fn support() -> Vec<Support> {

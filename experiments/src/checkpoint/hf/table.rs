@@ -320,12 +320,13 @@ fn origins(foreign: &[Foreign], params: &[Param]) -> Result<Vec<Vec<Origin>>, St
 #[cfg(test)]
 mod tests {
     use super::*;
-    use marimba_ir::{Dim, ParamInit, Type, dims};
+    use marimba_ir::{DType, Dim, ParamInit, Type, dims};
 
     fn param(name: &str, d: Vec<Dim>) -> Param {
         Param {
             name: name.into(),
             ty: Type::f32(d),
+            compute: DType::F32,
             init: ParamInit::Zeros,
             decay: false,
             trainable: true,

@@ -1,0 +1,172 @@
+//! Training on a GPU against training on the CPU: the same runs, the same losses. Without a GPU, or without its libraries, the tests say so
+//! and pass.
+
+use marimba_backend::{CudaEngine, Engine};
+use marimba_dsl::run::{Precision, Run};
+use marimba_dsl::{Source, Valid, parse_run};
+use marimba_experiments::data::{Worker, open};
+use marimba_experiments::engine;
+use marimba_experiments::train::Trainer;
+
+/// Every mixer and every ffn in one model.
+const MODEL: &str = r#"(
+    name: "all", vocab_size: 64, d_model: 32, n_layers: 4, context_len: 48,
+    mixers: {
+        "attn": Attention(n_heads: 4, n_kv_heads: 2), "m1": Mamba1(d_state: 8), "m2": Mamba2(head_dim: 16, d_state: 16, chunk_size: 16),
+        "gdn": GatedDeltaNet(n_k_heads: 2, n_v_heads: 4, k_head_dim: 8, v_head_dim: 16),
+    },
+    ffns: { "mlp": Glu(d_ff: 64), "moe": Moe(n_experts: 4, top_k: 2, d_ff: 32) },
+    layout: ( mixer: ["m2", "attn", "m1", "gdn"], ffn: ["mlp", "moe", "mlp", "mlp"] ),
+)"#;
+
+/// The same without the mixer whose backward pass adds in an order that the device decides.
+fn fixed_order() -> Valid<Run> {
+    let mut lines: Vec<&str> = MODEL.lines().collect();
+    lines.retain(|line| !line.contains("GatedDeltaNet"));
+    let model = lines
+        .join("\n")
+        .replace("\"m1\", \"gdn\"]", "\"m1\", \"m1\"]");
+    of(&model, "F32", true)
+}
+
+fn run(precision: &str) -> Valid<Run> {
+    of(MODEL, precision, false)
+}
+
+fn of(model: &str, precision: &str, deterministic: bool) -> Valid<Run> {
+    let text = format!(
+        "( name: \"t\", model: {model}, data: Mqar(vocab_size: 64, n_pairs: 4), steps: 200, batch: 16, seq_len: 48, accumulate: 2, \
+         optimizer: (lr: 3e-3), schedule: (warmup: Linear(20)), precision: {precision}, \
+         deterministic: {deterministic} )"
+    );
+    parse_run(&Source::new("t.ron", text), &[]).unwrap_or_else(|r| panic!("{r}"))
+}
+
+/// Losses of the first `steps` steps; `None`, said once, where there is no GPU.
+fn gpu(run: &Run, steps: usize, graphs: bool) -> Option<Vec<f64>> {
+    match CudaEngine::new() {
+        Ok(mut engine) => {
+            engine.set_graphs(graphs);
+            Some(losses(run, steps, Box::new(engine)))
+        }
+        Err(e) => {
+            eprintln!("skipped: {e}");
+            None
+        }
+    }
+}
+
+fn losses(run: &Run, steps: usize, engine: Box<dyn Engine>) -> Vec<f64> {
+    let mut trainer = Trainer::new(run, engine).expect("a trainer");
+    let phase = &run.phases[0];
+    let mut loader = open::open(&phase.data, phase.seq_len, run.seed, Worker::ALL).expect("data");
+    (0..steps)
+        .map(|i| {
+            let batches: Vec<_> = (0..phase.accumulate)
+                .map(|_| loader.next(phase.batch).expect("rows"))
+                .collect();
+            let outcome = trainer.step(i + 1, run.lr_at(i), &batches, false);
+            outcome.unwrap_or_else(|e| panic!("{e}")).loss
+        })
+        .collect()
+}
+
+/// Largest relative distance of two curves.
+fn apart(a: &[f64], b: &[f64]) -> f64 {
+    assert_eq!(a.len(), b.len());
+    let each = a.iter().zip(b).map(|(a, b)| (a - b).abs() / b.abs());
+    each.fold(0.0, f64::max)
+}
+
+/// Two orders of summation drift apart as training goes on; at the start they must agree to the last few bits of f32.
+#[test]
+fn two_hundred_steps_walk_as_on_the_cpu() {
+    let run = run("F32");
+    let Some(gpu) = gpu(&run, 200, true) else {
+        return;
+    };
+    let cpu = losses(
+        &run,
+        200,
+        engine::open(marimba_dsl::run::Backend::Cpu, 4).expect("a cpu"),
+    );
+    let (start, all) = (apart(&gpu[..10], &cpu[..10]), apart(&gpu, &cpu));
+    eprintln!(
+        "first 10 steps {start:.1e}, 200 steps {all:.1e} apart; losses {} to {}",
+        cpu[0], cpu[199]
+    );
+    assert!(
+        start < 1e-5,
+        "{:?} on cuda, {:?} on cpu",
+        &gpu[..10],
+        &cpu[..10]
+    );
+    assert!(all < 2e-2, "{gpu:?} on cuda, {cpu:?} on cpu");
+    assert!(cpu[199] < 0.9 * cpu[0], "nothing was learned: {cpu:?}");
+}
+
+#[test]
+fn graphs_change_nothing() {
+    let run = run("F32");
+    let (Some(captured), Some(launched)) = (gpu(&run, 8, true), gpu(&run, 8, false)) else {
+        return;
+    };
+    let d = apart(&captured, &launched);
+    assert!(d < 1e-5, "{captured:?} captured, {launched:?} launched");
+}
+
+/// Matrices and activations of 8 bits of mantissa, master weights of 24: the same descent, more roughly.
+#[test]
+fn bf16_descends_as_f32_does() {
+    let (wide, narrow) = (run("F32"), run("Bf16"));
+    assert_eq!(narrow.precision, Precision::Bf16);
+    let (Some(wide), Some(narrow)) = (gpu(&wide, 200, true), gpu(&narrow, 200, true)) else {
+        return;
+    };
+    let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
+    let windows = wide.chunks(20).zip(narrow.chunks(20));
+    let d: Vec<f64> = windows
+        .map(|(w, n)| (mean(n) - mean(w)).abs() / mean(w))
+        .collect();
+    eprintln!(
+        "means of 20 steps apart by {d:.4?}; losses {} to {} in f32, {} in bf16",
+        wide[0], wide[199], narrow[199]
+    );
+    assert!(
+        apart(&narrow[..1], &wide[..1]) < 1e-2,
+        "{} and {}",
+        narrow[0],
+        wide[0]
+    );
+    assert!(
+        d.iter().all(|d| *d < 5e-2),
+        "{narrow:?} in bf16, {wide:?} in f32"
+    );
+}
+
+#[test]
+fn equal_runs_give_equal_bits() {
+    let run = fixed_order();
+    let (Some(one), Some(two)) = (gpu(&run, 12, true), gpu(&run, 12, true)) else {
+        return;
+    };
+    assert_eq!(one, two);
+    if let Ok(engine) = CudaEngine::new() {
+        let error =
+            std::panic::catch_unwind(|| losses(&of(MODEL, "F32", true), 1, Box::new(engine)));
+        let error = error.expect_err("no fixed order");
+        let text = error.downcast_ref::<String>().expect("a message");
+        assert!(text.contains("deterministic: false"), "{text}");
+    }
+}
+
+/// What cannot be done here is refused before anything is allocated.
+#[test]
+fn other_backends_refuse_bf16() {
+    let cpu = engine::open(marimba_dsl::run::Backend::Cpu, 1).expect("a cpu");
+    let error = Trainer::new(&run("Bf16"), cpu)
+        .err()
+        .expect("refused")
+        .to_string();
+    assert!(error.contains("Bf16") && error.contains("cpu"), "{error}");
+}
