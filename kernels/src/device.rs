@@ -27,6 +27,8 @@ pub struct Device {
     stream: sys::CUstream,
     blas: ltsys::cublasLtHandle_t,
     product_scratch: u64,
+    /// The number 1.
+    one: u64,
     compiler: Compiler,
     modules: HashMap<Module, sys::CUmodule>,
     name: String,
@@ -137,7 +139,11 @@ impl BlasProduct {
             p.transposed,
             p.input.c_name(),
             p.output.c_name(),
-            if p.beta == 0.0 { "=" } else { "+=" },
+            match (p.beta_at, p.beta == 0.0) {
+                (0, true) => "=",
+                (0, false) => "+=",
+                _ => "*=",
+            },
             [align(p.a), align(p.b), align(p.c)]
         )
     }
@@ -243,12 +249,15 @@ impl Device {
             let blas = lt::create_handle().map_err(blas("start"))?;
             let product_scratch = cu::malloc_sync(PRODUCT_SCRATCH)
                 .map_err(driver("allocating memory for products"))?;
+            let one = cu::malloc_sync(4).map_err(driver("allocating memory for products"))?;
+            cu::memcpy_htod_sync(one, &[1f32]).map_err(driver("writing a factor"))?;
             Ok(Device {
                 ctx,
                 dev,
                 stream,
                 blas,
                 product_scratch,
+                one,
                 compiler,
                 modules: HashMap::new(),
                 choices: Choices::open(&name),
@@ -543,7 +552,12 @@ impl Device {
             let prefer = |attr, value: &[u8]| {
                 lt::set_matmul_pref_attribute(pref, attr, value.as_ptr().cast(), value.len())
             };
-            set(D::CUBLASLT_MATMUL_DESC_TRANSA, &flip(tb))
+            let mode = match p.beta_at {
+                0 => ltsys::cublasLtPointerMode_t::CUBLASLT_POINTER_MODE_HOST,
+                _ => ltsys::cublasLtPointerMode_t::CUBLASLT_POINTER_MODE_DEVICE,
+            };
+            set(D::CUBLASLT_MATMUL_DESC_POINTER_MODE, &(mode as i32))
+                .and_then(|()| set(D::CUBLASLT_MATMUL_DESC_TRANSA, &flip(tb)))
                 .and_then(|()| set(D::CUBLASLT_MATMUL_DESC_TRANSB, &flip(ta)))
                 .and_then(|()| {
                     prefer(
@@ -724,14 +738,20 @@ impl Device {
     /// # Safety
     /// As [`Device::run`].
     unsafe fn multiply(&self, p: &BlasProduct) -> Result<(), KernelError> {
-        let (alpha, beta) = (p.of.alpha, p.of.beta);
-        // SAFETY: the caller's promise.
+        let (alpha, beta): (*const c_void, *const c_void) = match p.of.beta_at {
+            0 => (
+                std::ptr::from_ref(&p.of.alpha).cast(),
+                std::ptr::from_ref(&p.of.beta).cast(),
+            ),
+            at => (self.one as *const c_void, at as *const c_void),
+        };
+        // SAFETY: the caller's promise; the factors are where the description says.
         unsafe {
             lt::matmul(
                 self.blas,
                 p.desc,
-                std::ptr::from_ref(&alpha).cast(),
-                std::ptr::from_ref(&beta).cast(),
+                alpha,
+                beta,
                 p.of.b as *const c_void,
                 p.layouts[0],
                 p.of.a as *const c_void,
@@ -945,6 +965,7 @@ impl Drop for Device {
             }
             let _ = lt::destroy_handle(self.blas);
             let _ = cu::free_sync(self.product_scratch);
+            let _ = cu::free_sync(self.one);
             let _ = cu::stream::destroy(self.stream);
             let _ = cu::primary_ctx::release(self.dev);
         }

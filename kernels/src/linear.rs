@@ -25,13 +25,25 @@ pub(crate) fn product(
     alpha: f32,
     beta: f32,
 ) {
-    if m * n == 0 {
-        return;
-    }
     if k == 0 {
         if beta == 0.0 {
             r.zero(c);
         }
+        return;
+    }
+    multiply(r, a, b, c, (m, n, k), (alpha, beta, 0));
+}
+
+/// The same with the factors `(alpha, beta, beta_at)` of [`Product`].
+fn multiply(
+    r: &mut Recorder,
+    a: Mat,
+    b: Mat,
+    c: &Tensor,
+    (m, n, k): (usize, usize, usize),
+    (alpha, beta, beta_at): (f32, f32, u64),
+) {
+    if m * n == 0 {
         return;
     }
     let input = match (a.t.dtype, b.t.dtype) {
@@ -62,6 +74,7 @@ pub(crate) fn product(
         output: out.dtype,
         alpha,
         beta,
+        beta_at,
     }));
     if !direct {
         convert(r, &out, c);
@@ -129,19 +142,10 @@ pub fn linear_dw(r: &mut Recorder, a: &Args, start: usize) {
         dtype: whole.dtype,
         dims: vec![n, k],
     };
-    // The factor is on the device: the buffer is scaled first, which never reads it where the factor is 0.
-    let add = beta.is_present();
-    if add {
-        scale_into(r, &dw, beta);
+    let (a, b, sizes) = (flipped(dy), plain(x), (n, k, rows));
+    match (beta.is_present(), rows) {
+        (false, _) => product(r, a, b, &dw, sizes, 1.0, 0.0),
+        (true, 0) => scale_into(r, &dw, beta),
+        (true, _) => multiply(r, a, b, &dw, sizes, (1.0, 1.0, beta.ptr)),
     }
-    let sizes = (n, k, rows);
-    product(
-        r,
-        flipped(dy),
-        plain(x),
-        &dw,
-        sizes,
-        1.0,
-        f32::from(u8::from(add)),
-    );
 }

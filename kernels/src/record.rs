@@ -232,6 +232,8 @@ pub struct Product {
     pub alpha: f32,
     /// Factor on what c held; 0 never reads.
     pub beta: f32,
+    /// Where the device keeps that factor, instead of `beta`; alpha is then 1. 0: it is `beta`.
+    pub beta_at: u64,
 }
 
 /// One thing to do, in stream order.

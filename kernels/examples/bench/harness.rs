@@ -315,6 +315,7 @@ impl Run {
                 bytes,
             },
             Command::Product(Product {
+                beta_at: 0,
                 a,
                 b: a + side,
                 c: b,
