@@ -1,5 +1,5 @@
-//! Launches of attention: in f32 tiles of 32 queries or keys; in bf16 on sm_90 products of warpgroups over tiles that the copy engine
-//! brings. Equal runs give equal bits, but for dq of the latter where the target leaves the order of sums open: then one kernel computes
+//! Launches of attention: in f32 tiles of 32 queries or keys; in bf16 products of warps on tensor cores, and on sm_90, for widths in whole
+//! words of 16 bytes, products of warpgroups over tiles that the copy engine brings. Equal runs give equal bits, but for dq of the latter where the target leaves the order of sums open: then one kernel computes
 //! all gradients and adds its shares of dq in memory.
 
 use crate::record::{Args, DType, Param, Recorder, Tensor, View, define, int, long};
@@ -31,13 +31,41 @@ fn window_param(window: Option<usize>) -> Param {
     int(window.unwrap_or(i32::MAX as usize))
 }
 
+/// Rows of a block's own tile in the kernels of warp products, and widest heads of which it walks tiles of as many.
+const WARP_ROWS: usize = 64;
+
+/// Whether the kernels of warp products serve these tensors.
+fn warps(tensors: &[&Tensor], scale: f32) -> bool {
+    let p = tensors[0].size(3);
+    p <= 256 && scale > 0.0 && tensors.iter().all(|t| t.dtype == DType::Bf16)
+}
+
+/// A kernel of warp products with `own` tiles of 64 rows and `walked` tiles of those it walks over.
+fn launch_warps(
+    r: &mut Recorder,
+    tensors: &[&Tensor],
+    name: &'static str,
+    (grid, own, walked): ([usize; 3], usize, usize),
+    params: Vec<Param>,
+) {
+    let p = tensors[0].size(3);
+    let padded = p.next_multiple_of(16);
+    let each = if padded > 128 { 32 } else { 64 };
+    let mut defines = vec![define("P", p), define("WARPS", 1)];
+    if p.is_multiple_of(8) && tensors.iter().all(|t| t.ptr.is_multiple_of(16)) {
+        defines.push(define("WHOLE", 1));
+    }
+    let shared = 2 * (own * WARP_ROWS + walked * each) * (padded + 8);
+    r.launch_shared(("attention", name), defines, grid, 128, shared, params);
+}
+
 /// Rows of the tiles of the tensor-core kernels.
 const TILE: usize = 128;
 
 /// Fewest queries for which the tensor-core kernel is taken: below, most of its rows would be empty.
 const FEW: usize = 16;
 
-/// Bytes of keys and values, or of queries and gradients, that blocks running at the same time may share through the cache.
+/// Bytes of keys and values that blocks running at the same time may share through the cache.
 const CACHED: usize = 24 << 20;
 
 /// How many of `all` things of `bytes` each are worked on at the same time.
@@ -138,14 +166,14 @@ fn backward_tensor(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>
     let summed = !r.target().deterministic && p > 64;
     let mut sums = Tensor::ABSENT;
     if summed {
-        sums = r.scratch(DType::F32, rows * p);
+        sums = r.scratch(DType::F32, b * h * t.next_multiple_of(64) * 128);
         r.zero(&sums);
     } else {
         let mut params: Vec<Param> = [q, k, v, dout].map(|x| view(x, TILE)).to_vec();
         params.extend(inputs.clone());
         params.push(a.res(0).into());
         params.extend(sizes.clone());
-        params.push(int(together(t * p * 4, b * g) * (h / g)));
+        params.push(int(b * h));
         let blocks = tiles * b * h;
         launch_tensor(r, p, "attn_dq_tc", (blocks, 384, 6 * tile + SLACK), params);
     }
@@ -155,23 +183,26 @@ fn backward_tensor(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>
     params.extend(inputs);
     params.extend([a.res(1).into(), a.res(2).into(), (&sums).into()]);
     params.extend(sizes);
-    params.push(int(together(t * p * 4 * (h / g), b * g)));
+    // The longest first, over all heads: the last to start must not be long.
+    params.push(int(b * g));
     let blocks = tiles * b * g;
-    let mut shared = 5 * tile + 3 * 1024 + SLACK;
     if !summed {
+        let shared = 5 * tile + 4 * 1024 + SLACK;
         return launch_tensor(r, p, "attn_dkv_tc", (blocks, 384, shared), params);
     }
-    shared += 1024 + 2 * 128 * TILE;
+    let shared = 4 * tile + 3 * 1024 + 4 * 128 * TILE + SLACK;
     let defines = || vec![define("P", p), define("TENSOR", 1), define("SUMS", 1)];
     let stem = ("attention", "attn_dkv_tc");
     r.launch_shared(stem, defines(), [blocks, 1, 1], 384, shared, params);
     let params = vec![
         (&sums).into(),
         a.res(0).into(),
-        long(rows * p),
+        int(b),
+        int(t),
+        int(h),
         Param::Float(scale),
     ];
-    let grid = [(rows * p / 8).div_ceil(256).min(1 << 20), 1, 1];
+    let grid = [b * h * t.div_ceil(64), 1, 1];
     r.launch(("attention", "attn_scale_tc"), defines(), grid, 256, params);
 }
 
@@ -192,6 +223,11 @@ pub fn attention(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>) 
         Param::Float(scale),
         window_param(window),
     ]);
+    let tensors = [q, k, a.arg(2), a.res(0)];
+    if warps(&tensors, scale) {
+        let grid = [q.size(1).div_ceil(WARP_ROWS), q.size(2), q.size(0)];
+        return launch_warps(r, &tensors, "attn_fwd_warps", (grid, 1, 2), params);
+    }
     let grid = [q.size(1).div_ceil(ROWS), q.size(2), q.size(0)];
     launch(r, a, "attn_fwd", (grid, (1, 1), 1), params);
 }
@@ -201,9 +237,11 @@ pub fn attention_bwd(r: &mut Recorder, a: &Args, scale: f32, window: Option<usiz
     let (q, k) = (a.arg(0), a.arg(1));
     let tensors = [0, 1, 2, 4, 6].map(|i| a.arg(i));
     let results = [0, 1, 2].map(|i| a.res(i));
-    if tensor_cores(r, &[&tensors[..], &results].concat(), scale, 128) {
+    let all = [&tensors[..], &results].concat();
+    if tensor_cores(r, &all, scale, 128) {
         return backward_tensor(r, a, scale, window);
     }
+    let by_warps = warps(&all, scale);
     let (b, t, h, g) = (q.size(0), q.size(1), q.size(2), k.size(2));
     let rows = b * t * h;
     let delta = r.scratch(DType::F32, rows);
@@ -232,6 +270,16 @@ pub fn attention_bwd(r: &mut Recorder, a: &Args, scale: f32, window: Option<usiz
     let mut params = common.clone();
     params.extend([(&delta).into(), a.res(0).into()]);
     params.extend(sizes.clone());
+    if by_warps {
+        let grid = [t.div_ceil(WARP_ROWS), h, b];
+        launch_warps(r, &all, "attn_dq_warps", (grid, 2, 2), params);
+        let mut params = common;
+        params.extend([(&delta).into(), a.res(1).into(), a.res(2).into()]);
+        params.extend(sizes);
+        let halves = if q.size(3) > 128 { 2 } else { 1 };
+        let grid = [t.div_ceil(WARP_ROWS), g * halves, b];
+        return launch_warps(r, &all, "attn_dkv_warps", (grid, 2, 2), params);
+    }
     launch(
         r,
         a,

@@ -302,6 +302,9 @@ mod tests {
                 "TILED GRADS VEC Q=64 NN=128 PS=64 HEADS=2 R=128 PP=64 STAGES=2",
                 "TILED GRADS VEC=0 Q=32 NN=256 PS=64 HEADS=1 R=64 PP=64 STAGES=1",
             ],
+            "attention" => &["", "WARPS WHOLE P=256", "WARPS P=33"],
+            "moe" => &["", "WARPS WHOLE", "WARPS"],
+            "linear_cross_entropy" => &["", "TL=bf16 TA0=bf16"],
             _ => &[""],
         }
     }
@@ -316,8 +319,12 @@ mod tests {
         let all = |arch: &str, types: &str| {
             let compiler = Compiler::new(arch).unwrap().without_cache();
             for &stem in STEMS {
-                let tensor = source(stem).contains("defined(TENSOR)") && arch == "sm_90a";
-                for form in forms(stem).iter().chain(tensor.then_some(&"TENSOR")) {
+                let tensor: &[&str] = match (stem, arch) {
+                    ("attention", "sm_90a") => &["TENSOR P=80 SUMS", "TENSOR P=64", "TENSOR P=256"],
+                    ("moe", "sm_90a") => &["TENSOR"],
+                    _ => &[],
+                };
+                for form in forms(stem).iter().chain(tensor) {
                     let mut module = module(stem, source(stem), types);
                     module.defines.extend(form.split_whitespace().map(|d| {
                         let (name, value) = d.split_once('=').unwrap_or((d, "1"));

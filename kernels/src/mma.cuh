@@ -139,3 +139,15 @@ template <int COUNT> __device__ __forceinline__ void store(f16* to, const float*
 #pragma unroll
     for (int i = 0; i < COUNT; i++) st(to, i, v[i]);
 }
+// Operands for mma from tiles in shared memory with rows of `ld` elements: a [16 16] stored by its rows, or (ACROSS) by rows of what is
+// summed over; two n tiles of b [16 16] stored by its columns, or (ACROSS) by rows of what is summed over.
+template <int ACROSS> __device__ __forceinline__ void load_a(u32* r, const bf16* tile, int ld, int row, int k) {
+    int l = threadIdx.x & 31;
+    if (ACROSS) ldsm4t(r, shared_address(tile + (k + (l & 7) + ((l >> 4) << 3)) * ld + row + ((l >> 3) & 1) * 8));
+    else ldsm4(r, shared_address(tile + (row + (l & 15)) * ld + k + ((l >> 4) << 3)));
+}
+template <int ACROSS> __device__ __forceinline__ void load_b(u32* r, const bf16* tile, int ld, int column, int k) {
+    int l = threadIdx.x & 31;
+    if (ACROSS) ldsm4t(r, shared_address(tile + (k + (l & 7) + ((l >> 3) & 1) * 8) * ld + column + ((l >> 4) << 3)));
+    else ldsm4(r, shared_address(tile + (column + (l & 7) + ((l >> 4) << 3)) * ld + k + ((l >> 3) & 1) * 8));
+}

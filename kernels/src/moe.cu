@@ -150,12 +150,12 @@ KERNEL combine_bwd(const TA0* y, const int* order, const TA3* weights, const TA4
 
 // Products with one matrix per expert, in tiles of 64 x 64 over 16, 256 threads with 4 x 4 results each. Rows r0..r1 belong to expert e; the
 // block finds them itself, so nothing waits for the host: grid (columns / 64, rows / 64 + experts).
-__device__ __forceinline__ bool rows_of(const int* offsets, int E, int tile, int& e, int& r0, int& r1) {
+__device__ __forceinline__ bool rows_of(const int* offsets, int E, int tile, int tall, int& e, int& r0, int& r1) {
     for (e = 0; e < E; e++) {
-        int from = offsets[e], to = offsets[e + 1], n = (to - from + 63) / 64;
+        int from = offsets[e], to = offsets[e + 1], n = (to - from + tall - 1) / tall;
         if (tile < n) {
-            r0 = from + tile * 64;
-            r1 = r0 + 64 < to ? r0 + 64 : to;
+            r0 = from + tile * tall;
+            r1 = r0 + tall < to ? r0 + tall : to;
             return true;
         }
         tile -= n;
@@ -195,7 +195,7 @@ template <class FA, class FB, class FC> __device__ __forceinline__ void product(
 // y[r,n] = sum_k x[r,k] w[e,n,k]
 KERNEL grouped_linear(const TA0* x, const TA1* w, const int* offsets, TR0* y, int E, int N, int K) {
     int e, r0, r1, n0 = blockIdx.x * 64;
-    if (!rows_of(offsets, E, blockIdx.y, e, r0, r1)) return;
+    if (!rows_of(offsets, E, blockIdx.y, 64, e, r0, r1)) return;
     const TA1* we = w + (i64)e * N * K;
     product(K,
         [&](float (*s)[65], int k0, int i) { int r = r0 + i / 16, k = k0 + i % 16; s[i % 16][i / 16] = r < r1 && k < K ? ld(x, (i64)r * K + k) : 0.f; },
@@ -205,7 +205,7 @@ KERNEL grouped_linear(const TA0* x, const TA1* w, const int* offsets, TR0* y, in
 // dx[r,k] = sum_n dy[r,n] w[e,n,k]
 KERNEL grouped_linear_dx(const TA0* dy, const TA1* w, const int* offsets, TR0* dx, int E, int N, int K) {
     int e, r0, r1, c0 = blockIdx.x * 64;
-    if (!rows_of(offsets, E, blockIdx.y, e, r0, r1)) return;
+    if (!rows_of(offsets, E, blockIdx.y, 64, e, r0, r1)) return;
     const TA1* we = w + (i64)e * N * K;
     product(N,
         [&](float (*s)[65], int k0, int i) { int r = r0 + i / 16, n = k0 + i % 16; s[i % 16][i / 16] = r < r1 && n < N ? ld(dy, (i64)r * N + n) : 0.f; },
@@ -226,6 +226,106 @@ KERNEL grouped_linear_dw(const TA0* x, const TA1* dy, const int* offsets, const 
             }
         });
 }
+
+// The same in bf16 with products of warps, for every architecture: tiles of 128 x 128 over 32, 8 warps of 32 x 64 each. An operand is stored
+// by its own rows, or (TA, TB) by rows of what is summed over. WHOLE: all rows are words of 16 bytes.
+#ifdef WARPS
+#define WT 128
+struct Stored { const bf16* at; i64 stride; int rows, columns; };
+__device__ __forceinline__ uint4 fetch(const Stored& s, int r, int c) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (r >= s.rows) return v;
+    const bf16* p = s.at + r * s.stride + c;
+#ifdef WHOLE
+    if (c < s.columns) v = *(const uint4*)p;
+#else
+    u32 w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) w[i] = (c + 2 * i < s.columns ? p[2 * i].x : 0) | (u32)(c + 2 * i + 1 < s.columns ? p[2 * i + 1].x : 0) << 16;
+    v = make_uint4(w[0], w[1], w[2], w[3]);
+#endif
+    return v;
+}
+template <int T> __device__ __forceinline__ void fetch_tile(uint4 (&v)[2], const Stored& s, int k0) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int e = threadIdx.x + 256 * i;
+        v[i] = T ? fetch(s, k0 + e / 16, e % 16 * 8) : fetch(s, e / 4, k0 + e % 4 * 8);
+    }
+}
+template <int T> __device__ __forceinline__ void put_tile(bf16* to, const uint4 (&v)[2]) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int e = threadIdx.x + 256 * i;
+        *(uint4*)(to + (T ? e / 16 * (WT + 8) + e % 16 * 8 : e / 4 * 40 + e % 4 * 8)) = v[i];
+    }
+}
+// done(row, column, value) for rows and columns of the tile.
+template <int TA, int TB, class Done> __device__ __forceinline__ void warp_product(int depth, const Stored& a, const Stored& b, Done done) {
+    __shared__ __align__(16) bf16 as[WT * 40], bs[WT * 40];
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, row = (warp & 3) * 32, column = (warp >> 2) * 64;
+    float d[2][32];
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int x = 0; x < 32; x++) d[i][x] = 0;
+    uint4 va[2], vb[2];
+    fetch_tile<TA>(va, a, 0);
+    fetch_tile<TB>(vb, b, 0);
+    for (int k0 = 0; k0 < depth; k0 += 32) {
+        __syncthreads();
+        put_tile<TA>(as, va);
+        put_tile<TB>(bs, vb);
+        __syncthreads();
+        if (k0 + 32 < depth) {
+            fetch_tile<TA>(va, a, k0 + 32);
+            fetch_tile<TB>(vb, b, k0 + 32);
+        }
+#pragma unroll
+        for (int k = 0; k < 32; k += 16) {
+            u32 x[2][4], y[4];
+            load_a<TA>(x[0], as, TA ? WT + 8 : 40, row, k);
+            load_a<TA>(x[1], as, TA ? WT + 8 : 40, row + 16, k);
+#pragma unroll
+            for (int n = 0; n < 64; n += 16) {
+                load_b<TB>(y, bs, TB ? WT + 8 : 40, column + n, k);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    mma(d[i] + n / 2, x[i], y);
+                    mma(d[i] + n / 2 + 4, x[i], y + 2);
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int x = 0; x < 32; x++) done(row + 16 * i + (lane >> 2) + 8 * (x >> 1 & 1), column + 8 * (x >> 2) + 2 * (lane & 3) + (x & 1), d[i][x]);
+}
+KERNEL grouped_linear_warps(const bf16* x, const bf16* w, const int* offsets, bf16* y, int E, int N, int K) {
+    int e, r0, r1, n0 = blockIdx.x * WT;
+    if (!rows_of(offsets, E, blockIdx.y, WT, e, r0, r1)) return;
+    Stored a = {x + (i64)r0 * K, K, r1 - r0, K}, b = {w + ((i64)e * N + n0) * K, K, N - n0, K};
+    warp_product<0, 0>(K, a, b, [&](int i, int j, float v) { if (r0 + i < r1 && n0 + j < N) st(y, (i64)(r0 + i) * N + n0 + j, v); });
+}
+KERNEL grouped_linear_dx_warps(const bf16* dy, const bf16* w, const int* offsets, bf16* dx, int E, int N, int K) {
+    int e, r0, r1, c0 = blockIdx.x * WT;
+    if (!rows_of(offsets, E, blockIdx.y, WT, e, r0, r1)) return;
+    Stored a = {dy + (i64)r0 * N, N, r1 - r0, N}, b = {w + (i64)e * N * K + c0, K, N, K - c0};
+    warp_product<0, 1>(N, a, b, [&](int i, int j, float v) { if (r0 + i < r1 && c0 + j < K) st(dx, (i64)(r0 + i) * K + c0 + j, v); });
+}
+KERNEL grouped_linear_dw_warps(const bf16* x, const bf16* dy, const int* offsets, const float* beta, float* dw, int N, int K) {
+    int e = blockIdx.z, from = offsets[e], rows = offsets[e + 1] - from, n0 = blockIdx.y * WT, c0 = blockIdx.x * WT;
+    float bt = beta ? beta[0] : 0.f;
+    Stored a = {dy + (i64)from * N + n0, N, rows, N - n0}, b = {x + (i64)from * K + c0, K, rows, K - c0};
+    warp_product<1, 1>(rows, a, b, [&](int i, int j, float v) {
+        if (n0 + i < N && c0 + j < K) {
+            float* p = dw + ((i64)e * N + n0 + i) * K + c0 + j;
+            *p = bt == 0.f ? v : bt * *p + v;
+        }
+    });
+}
+#endif
 
 // The same on sm_90a in bf16: persistent blocks over a list of tiles of 128 x 256 that each block makes up from the offsets; warpgroup 0
 // brings tiles by the copy engine, two warpgroups multiply. Sizes are multiples of 8.
@@ -311,14 +411,14 @@ __device__ __forceinline__ void grouped(const int* cum, int columns, int all, Lo
             mma_commit();
             if (k > 0) {
                 mma_wait<1>();
-                if (lane == 0) bar_arrive(empty + 8 * before);
+                warp_arrive(empty + 8 * before);
             }
             before = stage;
             if (++stage == STAGES) { stage = 0; phase ^= 1; }
         }
         mma_wait<0>();
         pin(d);
-        if (n > 0 && lane == 0) bar_arrive(empty + 8 * before);
+        if (n > 0) warp_arrive(empty + 8 * before);
         done(t, d, w);
     }
 }
@@ -380,23 +480,28 @@ GROUPED grouped_linear_dw_tc(const __grid_constant__ TensorMap mx, const __grid_
         },
         [&](Tile t) { return (from[t.e + 1] - from[t.e] + 63) / 64; }, [&](Tile t, int k) { return min(64, from[t.e + 1] - from[t.e] - 64 * k); },
         [&](Tile t, float (&d)[128], int w) {
-            int r = t.m * TM + 64 * w + ((threadIdx.x >> 5) & 3) * 16 + ((threadIdx.x & 31) >> 2), c = t.n * TN + 2 * (threadIdx.x & 3);
+            // Neighbouring lanes exchange halves of two groups of 8 columns, so that each stores 16 bytes.
+            int l = threadIdx.x & 3, r = t.m * TM + 64 * w + ((threadIdx.x >> 5) & 3) * 16 + ((threadIdx.x & 31) >> 2), c = t.n * TN + 8 * (l & 1) + 4 * (l >> 1);
 #pragma unroll
-            for (int half = 0; half < 2; half++)
-                if (r + 8 * half < N) {
-                    float* row = dw + ((i64)t.e * N + r + 8 * half) * K + c;
+            for (int half = 0; half < 2; half++) {
+                float* row = dw + ((i64)t.e * N + r + 8 * half) * K + c;
 #pragma unroll
-                    for (int x = 0; x < 32; x++)
-                        if (c + 8 * x < K) {
-                            float2 v = make_float2(d[4 * x + 2 * half], d[4 * x + 2 * half + 1]);
-                            if (bt != 0.f) {
-                                float2 old = *(float2*)(row + 8 * x);
-                                v.x += bt * old.x;
-                                v.y += bt * old.y;
-                            }
-                            *(float2*)(row + 8 * x) = v;
+                for (int x = 0; x < 16; x++) {
+                    float4 v = make_float4(d[8 * x + 2 * half], d[8 * x + 2 * half + 1], d[8 * x + 4 + 2 * half], d[8 * x + 5 + 2 * half]);
+                    quad_swap(v.x, v.z, l & 1, 1);
+                    quad_swap(v.y, v.w, l & 1, 1);
+                    if (r + 8 * half < N && c + 16 * x < K) {
+                        if (bt != 0.f) {
+                            float4 old = *(const float4*)(row + 16 * x);
+                            v.x += bt * old.x;
+                            v.y += bt * old.y;
+                            v.z += bt * old.z;
+                            v.w += bt * old.w;
                         }
+                        *(float4*)(row + 16 * x) = v;
+                    }
                 }
+            }
         });
 }
 #endif

@@ -1,10 +1,23 @@
-//! Launches of expert layers. Offsets stay on the device: in f32 a grid covers the most tiles there can be, and each block finds its expert;
-//! in bf16 on sm_90 blocks that stay make up the list of tiles from the offsets and work through it with products of warpgroups.
+//! Launches of expert layers. Offsets stay on the device: a grid covers the most tiles there can be, and each block finds its expert, in bf16
+//! with products of warps on tensor cores; in bf16 on sm_90 blocks that stay make up the list of tiles from the offsets and work through it with products of warpgroups.
 
 use crate::record::{Args, DType, Param, Recorder, THREADS, Tensor, View, define, int, long, over};
 
 /// Side of a tile of a product.
 const TILE: usize = 64;
+
+/// Side of a tile of a product by warps.
+const WARP_TILE: usize = 128;
+
+/// Defines of the kernels of warp products where all tensors are bf16.
+fn warps(tensors: &[&Tensor]) -> Option<Vec<(String, String)>> {
+    let mut defines = vec![define("WARPS", 1)];
+    if in_16_bytes(tensors) {
+        defines.push(define("WHOLE", 1));
+    }
+    let all = tensors.iter().all(|t| t.dtype == DType::Bf16);
+    all.then_some(defines)
+}
 
 /// Choices that a block sorts.
 const CHUNK: usize = 256;
@@ -237,11 +250,21 @@ fn by_rows(r: &mut Recorder, a: &Args, name: &'static str, columns: usize) {
         params.extend([a.arg(2).into(), a.res(0).into(), int(e), int(n), int(k)]);
         return launch_tensor(r, name, e, params);
     }
-    let tiles = a.arg(0).rows().div_ceil(TILE) + e;
+    let (tile, types, name) = match warps(&[a.arg(0), w, a.res(0)]) {
+        Some(defines) => {
+            let name = match name {
+                "grouped_linear" => "grouped_linear_warps",
+                _ => "grouped_linear_dx_warps",
+            };
+            (WARP_TILE, defines, name)
+        }
+        None => (TILE, a.types(), name),
+    };
+    let tiles = a.arg(0).rows().div_ceil(tile) + e;
     r.launch(
         ("moe", name),
-        a.types(),
-        [columns.div_ceil(TILE), tiles, 1],
+        types,
+        [columns.div_ceil(tile), tiles, 1],
         256,
         vec![
             a.arg(0).into(),
@@ -270,7 +293,7 @@ pub fn grouped_linear_dw(r: &mut Recorder, a: &Args) {
     let dw = a.res(0);
     let (e, n, k) = (dw.size(0), dw.size(1), dw.size(2));
     let (x, dy) = (a.arg(0), a.arg(1));
-    if tensor_cores(r, &[x, dy], e) && dw.ptr.is_multiple_of(8) {
+    if tensor_cores(r, &[x, dy], e) && dw.ptr.is_multiple_of(16) {
         let mut params = [x, dy]
             .map(|t| view(t, (1, t.rows(), t.last()), 64))
             .to_vec();
@@ -278,10 +301,14 @@ pub fn grouped_linear_dw(r: &mut Recorder, a: &Args) {
         params.extend([dw.into(), int(e), int(n), int(k)]);
         return launch_tensor(r, "grouped_linear_dw_tc", e, params);
     }
+    let (tile, types, name) = match warps(&[x, dy]) {
+        Some(defines) => (WARP_TILE, defines, "grouped_linear_dw_warps"),
+        None => (TILE, a.types(), "grouped_linear_dw"),
+    };
     r.launch(
-        ("moe", "grouped_linear_dw"),
-        a.types(),
-        [k.div_ceil(TILE), n.div_ceil(TILE), e],
+        ("moe", name),
+        types,
+        [k.div_ceil(tile), n.div_ceil(tile), e],
         256,
         vec![
             a.arg(0).into(),

@@ -1,7 +1,7 @@
 //! Cases of the benchmark, and how they are run.
 
 use marimba_kernels::{
-    Args, Command, DType, Device, Launch, Module, Prepared, Product, Recorder, Tensor,
+    Args, Command, DType, Device, Launch, Module, Prepared, Product, Recorder, Target, Tensor,
 };
 use std::borrow::Cow;
 use std::error::Error;
@@ -150,6 +150,7 @@ struct Variant {
 /// Ceilings, variants and what was measured.
 pub(crate) struct Run {
     device: Device,
+    target: Target,
     seconds: f64,
     copy: f64,
     product: f64,
@@ -225,10 +226,24 @@ type Ready = Vec<(Prepared, usize)>;
 
 impl Run {
     /// Opens the device and measures its ceilings.
-    pub(crate) fn new(seconds: f64, sources: Option<&Path>) -> Result<Self, Box<dyn Error>> {
+    pub(crate) fn new(
+        seconds: f64,
+        sources: Option<&Path>,
+        target: &str,
+    ) -> Result<Self, Box<dyn Error>> {
         let device = Device::open(0)?;
+        let target = match target {
+            "device" => device.target(),
+            "fixed" => Target {
+                deterministic: true,
+                ..device.target()
+            },
+            "any" => Target::default(),
+            _ => return Err(format!("no target {target}; there are device, fixed and any").into()),
+        };
         let mut run = Run {
             device,
+            target,
             seconds,
             copy: 0.0,
             product: 0.0,
@@ -425,7 +440,7 @@ impl Run {
     }
 
     fn scratch(&self, graph: &Graph, m: &Memory) -> usize {
-        let mut r = Recorder::new(256).on(self.device.target());
+        let mut r = Recorder::new(256).on(self.target);
         for stage in &graph.stages {
             self.record(stage, m, &mut r);
         }
@@ -473,7 +488,7 @@ impl Run {
     ) -> Result<Ready, Box<dyn Error>> {
         let mut out = Vec::new();
         for stage in &graph.stages {
-            let mut r = Recorder::new(scratch).on(self.device.target());
+            let mut r = Recorder::new(scratch).on(self.target);
             self.record(stage, m, &mut r);
             let mut commands = r.commands;
             if let Some(v) = variant {
@@ -564,7 +579,7 @@ impl Run {
                     })
                     .collect(),
             };
-            let mut r = Recorder::new(256).on(self.device.target());
+            let mut r = Recorder::new(256).on(self.target);
             for stage in &case.timed.stages {
                 self.record(stage, &m, &mut r);
             }

@@ -2,7 +2,9 @@
 //! run once in f32 and once in bf16 on a smaller shape, and the results compared. The f32 kernels are the simple ones, which the device
 //! tests compare with f64 loops.
 //!
-//! `cargo run --release --example bench -- [--case PART]... [--seconds S] [--json FILE] [--sources DIR]`
+//! `cargo run --release --example bench -- [--case PART]... [--seconds S] [--json FILE] [--sources DIR] [--target device|fixed|any]`
+//!
+//! `--target fixed` times the kernels that add in a fixed order, `any` those for any device.
 //!
 //! `--sources` names a folder of variants, a development aid: `DIR/STEM@NAME.cu` takes the place of the source of `STEM` in one more run
 //! of each case that uses it. Lines `//!define NAME VALUE` in it add defines; `//!launch FUNCTION [grid=X,Y,Z] [block=N] [shared=N]`
@@ -27,6 +29,7 @@ struct Options {
     seconds: Option<f64>,
     json: Option<PathBuf>,
     sources: Option<PathBuf>,
+    target: Option<String>,
 }
 
 fn options() -> Result<Options, Box<dyn Error>> {
@@ -41,9 +44,10 @@ fn options() -> Result<Options, Box<dyn Error>> {
             "--seconds" => o.seconds = Some(value.parse()?),
             "--json" => o.json = Some(value.into()),
             "--sources" => o.sources = Some(value.into()),
+            "--target" => o.target = Some(value),
             _ => {
                 return Err(format!(
-                    "no option {name}; there are --case, --seconds, --json and --sources"
+                    "no option {name}; there are --case, --seconds, --json, --sources and --target"
                 )
                 .into());
             }
@@ -66,7 +70,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     if cases.is_empty() {
         return Err(format!("no case of that name; there are {}", names.join(", ")).into());
     }
-    let mut run = Run::new(o.seconds.unwrap_or(0.5), o.sources.as_deref())?;
+    let mut run = Run::new(
+        o.seconds.unwrap_or(0.5),
+        o.sources.as_deref(),
+        o.target.as_deref().unwrap_or("device"),
+    )?;
     for case in &cases {
         run.case(case)?;
     }
