@@ -150,6 +150,9 @@ pub(super) fn run(args: &SweepArgs) -> Result<(), CliError> {
     match failed[..] {
         [] => Ok(()),
         [why] if only.is_some() => Err(CliError::Other(why.to_owned())),
+        _ if failed.len() == ended.len() => Err(CliError::Other(
+            "all members failed, as said above".to_owned(),
+        )),
         _ => Err(CliError::Other(format!(
             "{} of {} members failed, as said above; the others are in the table",
             failed.len(),
