@@ -1,27 +1,40 @@
-//! Ctrl-C: asks loops to stop at the next step, so that nothing is lost. A second one ends the process at once.
+//! Ctrl-C, and the signals that ask a process to end: loops stop at the next step, so that nothing is lost. A second one ends the process
+//! at once.
 
-use std::sync::Once;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Once, OnceLock};
 
 static REQUESTED: AtomicBool = AtomicBool::new(false);
 static INSTALL: Once = Once::new();
+static BEFORE_EXIT: OnceLock<fn()> = OnceLock::new();
 
-/// Catches Ctrl-C from here on (once per process).
+/// Catches Ctrl-C, and on Unix SIGTERM and SIGHUP, from here on (once per process).
 pub fn install() {
     INSTALL.call_once(|| {
-        // Without a handler Ctrl-C still ends the process, only less gently.
+        // Without a handler they still end the process, only less gently.
         let _ = ctrlc::set_handler(|| {
-            if REQUESTED.swap(true, Ordering::SeqCst) {
-                std::process::exit(130);
+            request();
+            if BEFORE_EXIT.get().is_none() {
+                eprintln!("\nstopping after this step; press Ctrl-C again to stop at once");
             }
-            eprintln!("\nstopping after this step; press Ctrl-C again to stop at once");
         });
     });
 }
 
-/// Asks to stop, as Ctrl-C does where the terminal does not turn it into a signal; returns whether that had been asked before.
-pub fn request() -> bool {
-    REQUESTED.swap(true, Ordering::SeqCst)
+/// Asks to stop, as Ctrl-C does where the terminal does not turn it into a signal; asked again, ends the process.
+pub fn request() {
+    if REQUESTED.swap(true, Ordering::SeqCst) {
+        if let Some(leave) = BEFORE_EXIT.get() {
+            leave();
+        }
+        std::process::exit(130);
+    }
+}
+
+/// What gives the terminal back before the process is ended at once (the first one given stays). It is also who tells the user that a
+/// request was heard.
+pub fn before_exit(leave: fn()) {
+    BEFORE_EXIT.get_or_init(|| leave);
 }
 
 /// Whether the user asked to stop.

@@ -55,6 +55,9 @@ pub(super) struct SweepArgs {
     /// Print the comparison (with --dry-run: the members) as JSON on stdout
     #[arg(long)]
     json: bool,
+    /// Plain lines instead of the live view, also on a terminal
+    #[arg(long)]
+    plain: bool,
 }
 
 /// Launchers.
@@ -115,7 +118,9 @@ pub(super) fn run(args: &SweepArgs) -> Result<(), CliError> {
         threads: args.threads,
         only,
     };
-    let ended = sweep::run(&request, live::observer(&sweep));
+    // A member that runs alone is a task of a cluster's job, whose output is a log.
+    let plain = args.plain || only.is_some();
+    let ended = sweep::run(&request, live::observer(&sweep, &found, plain));
 
     let failed: Vec<&str> = ended
         .iter()

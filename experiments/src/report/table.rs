@@ -211,7 +211,7 @@ pub fn percent(x: f64) -> String {
 }
 
 /// Cuts `text` to `width` columns by an ellipsis in the middle: names of a sweep often differ only at their end.
-fn shorten(text: &str, width: usize) -> String {
+pub(crate) fn shorten(text: &str, width: usize) -> String {
     if text.width() <= width {
         return text.to_owned();
     }
@@ -234,7 +234,7 @@ fn shorten(text: &str, width: usize) -> String {
 }
 
 /// Breaks `text` at spaces into lines of `width` columns, the further ones indented by two.
-fn wrap(text: &str, width: usize, indent: &str) -> String {
+pub(crate) fn wrap(text: &str, width: usize, indent: &str) -> String {
     let mut out = String::new();
     let mut line = indent.to_owned();
     let mut empty = true;

@@ -1,21 +1,44 @@
-//! What a sweep shows while it goes.
+//! What a sweep shows while it goes: all members on a terminal, plain lines elsewhere.
 
-mod bars;
+mod board;
+mod draw;
 mod lines;
+mod screen;
+mod usage;
 
-use super::{human, interactive};
-use crate::sweep::{Ended, SweepObserver};
+use super::human;
+use crate::sweep::{Ended, Found, SweepObserver};
+use board::Board;
 use marimba_dsl::sweep::Sweep;
 use std::collections::BTreeMap;
+use std::io::IsTerminal;
 
-/// Shows a sweep: bars on a terminal, plain lines elsewhere.
-pub(super) fn observer(sweep: &Sweep) -> Box<dyn SweepObserver> {
-    let names: Vec<String> = sweep.members.iter().map(|m| m.name.clone()).collect();
-    if interactive() {
-        Box::new(bars::Bars::new(names))
-    } else {
-        Box::new(lines::Lines::new(names))
+/// Shows a sweep, of whose members this was found before. `plain` asks for lines even on a terminal.
+pub(super) fn observer(sweep: &Sweep, found: &[Found], plain: bool) -> Box<dyn SweepObserver> {
+    if !plain && drawable() {
+        let members: Vec<(String, usize)> = sweep
+            .members
+            .iter()
+            .map(|m| (m.name.clone(), m.run.total_steps()))
+            .collect();
+        let mut board = Board::new(&sweep.name, &sweep.metric, sweep.goal, &members);
+        board.found(found);
+        match screen::Screen::open(board) {
+            Ok(screen) => return Box::new(screen),
+            Err(e) => eprintln!("no live view, as the terminal cannot be used: {e}"),
+        }
     }
+    let names = sweep.members.iter().map(|m| m.name.clone()).collect();
+    Box::new(lines::Lines::new(names))
+}
+
+/// Whether a person watches who can be drawn for and whose keys can be read.
+fn drawable() -> bool {
+    let dumb = std::env::var("TERM").is_ok_and(|t| t == "dumb");
+    std::io::stderr().is_terminal()
+        && std::io::stdin().is_terminal()
+        && !dumb
+        && screen::foreground()
 }
 
 /// Metrics of an evaluation without those of single sets.
