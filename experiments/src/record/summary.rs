@@ -110,6 +110,12 @@ pub struct RunSummary {
 }
 
 impl RunSummary {
+    /// The point of the sweep without the seed, which the members of a group do not share.
+    pub fn point(&self) -> BTreeMap<String, String> {
+        let axes = self.axes.iter().filter(|(name, _)| name.as_str() != "seed");
+        axes.map(|(k, v)| (k.clone(), v.clone())).collect()
+    }
+
     /// Bytes that decoding keeps per sequence at `seq_len` tokens of context.
     pub fn decode_bytes(&self) -> u64 {
         self.state_bytes_per_seq

@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
-use super::fit::{B_RANGE, Fit, power_law};
 use super::load::RunData;
 use super::pareto::front;
-use super::stats::{Estimate, Goal, Method, Test, Verdict, holm, test};
-use super::units::{bytes, count, mean_sd, number};
+use super::scaling::{ScalingLaw, fit_laws};
+use super::stats::{Estimate, Goal, Method, Test, holm, test};
+use super::verdict::{list, words};
 use crate::record::summary::{RunState, RunSummary};
 use crate::record::sweep_file::Held;
 use crate::record::{SweepFile, tags};
@@ -104,6 +104,8 @@ pub struct Group {
     pub flops_per_token: Option<f64>,
     /// Training speed.
     pub tokens_per_sec: Estimate,
+    /// Tokens seen in training, mean over the members that count.
+    pub tokens: Option<f64>,
     /// Test against the reference; `None` for the reference itself.
     pub test: Option<Test>,
     /// Costs against which no other group is both better and cheaper.
@@ -171,48 +173,6 @@ impl Cost {
     }
 }
 
-/// A law fitted to the groups of one family.
-#[derive(Debug, Clone, Serialize)]
-pub struct ScalingLaw {
-    /// The family; empty where the runs have none.
-    pub family: String,
-    /// What the metric is a function of.
-    pub cost: Cost,
-    /// Smallest and largest size fitted.
-    pub range: (f64, f64),
-    /// The law.
-    pub fit: Fit,
-}
-
-impl ScalingLaw {
-    /// In words, with the 95% intervals.
-    pub fn words(&self, metric: &str) -> String {
-        let law = &self.fit.law;
-        let [e, _, b] = self.fit.ci95;
-        let e = format!("{} to {}", number(e.0), number(e.1));
-        // At the end of what was searched the interval has no end.
-        let b = if b.1 >= 0.99 * B_RANGE.1 {
-            format!("{} and more", number(b.0))
-        } else {
-            format!("{} to {}", number(b.0), number(b.1))
-        };
-        let of = if self.family.is_empty() {
-            String::new()
-        } else {
-            format!("{}: ", self.family)
-        };
-        format!(
-            "{of}{metric} = {} + {} x^-{}, x = {}; 95%: floor {e}, exponent {b}; {} points, residual {}",
-            number(law.e),
-            number(law.a),
-            number(law.b),
-            self.cost.words(),
-            self.fit.n,
-            number(self.fit.rmse)
-        )
-    }
-}
-
 /// One run of the comparison.
 #[derive(Debug, Clone, Serialize)]
 pub struct Member {
@@ -272,7 +232,8 @@ pub fn compare(runs: &[RunData], options: &Options) -> Comparison {
         run_tests(runs, &finals, &mut groups, metric, reference, goal, &counts);
     }
     mark_pareto(&mut groups, metric.as_deref(), goal);
-    let laws = fit_laws(&groups, metric.as_deref(), goal, &options.families);
+    let (laws, refused) = fit_laws(&groups, metric.as_deref(), goal, &options.families);
+    notes.extend(refused);
     let verdict = words(&groups, metric.as_deref(), goal, reference.as_deref());
     let members = runs
         .iter()
@@ -319,50 +280,6 @@ pub fn compare(runs: &[RunData], options: &Options) -> Comparison {
     }
 }
 
-/// Resamples of a fit's intervals.
-const N_BOOT: usize = 500;
-/// A law over less than this factor in size says nothing.
-const LEAST_RANGE: f64 = 2.0;
-
-/// Scaling laws of losses over parameters and operations, per family. What cannot be fitted is left out: most comparisons are about
-/// something else.
-fn fit_laws(
-    groups: &[Group],
-    metric: Option<&str>,
-    goal: Goal,
-    families: &BTreeMap<String, String>,
-) -> Vec<ScalingLaw> {
-    let (Some(metric), Goal::Lower) = (metric, goal) else {
-        return Vec::new();
-    };
-    let family = |g: &Group| families.get(&g.name).cloned().unwrap_or_default();
-    let names: BTreeSet<String> = groups.iter().map(family).collect();
-    let mut laws = Vec::new();
-    for name in names {
-        for cost in [Cost::ParamsActive, Cost::FlopsPerToken] {
-            let points: Vec<(f64, f64)> = groups
-                .iter()
-                .filter(|g| family(g) == name)
-                .filter_map(|g| Some((cost.of(g)?, g.metrics.get(metric)?.mean?)))
-                .collect();
-            let low = points.iter().map(|p| p.0).fold(f64::INFINITY, f64::min);
-            let high = points.iter().map(|p| p.0).fold(0.0, f64::max);
-            if high < LEAST_RANGE * low {
-                continue;
-            }
-            if let Ok(fit) = power_law(&points, N_BOOT, 0) {
-                laws.push(ScalingLaw {
-                    family: name.clone(),
-                    cost,
-                    range: (low, high),
-                    fit,
-                });
-            }
-        }
-    }
-    laws
-}
-
 fn is_held_out(tag: &str) -> bool {
     ["eval", "valid", "val/", "test"]
         .iter()
@@ -399,8 +316,12 @@ fn pick_metric(
         .flat_map(|f| f.keys())
         .for_each(|tag| *coverage.entry(tag).or_default() += 1);
     if let Some(wanted) = &options.metric {
-        if coverage.contains_key(wanted.as_str()) {
-            return Some(wanted.clone());
+        let names = [wanted.clone(), tags::eval(wanted)];
+        if let Some(name) = names
+            .into_iter()
+            .find(|n| coverage.contains_key(n.as_str()))
+        {
+            return Some(name);
         }
         let near: Vec<&str> = coverage
             .keys()
@@ -473,12 +394,21 @@ fn group(
             decode_bytes: facts.map(|f| f.decode_bytes()),
             flops_per_token: facts.map(|f| f.flops_per_token),
             tokens_per_sec: Estimate::of(counted.iter().filter_map(|i| speed(&runs[*i]))),
+            tokens: Estimate::of(
+                counted
+                    .iter()
+                    .filter_map(|i| finals[*i].get(tags::TOKENS).copied()),
+            )
+            .mean,
             test: None,
             pareto: Vec::new(),
             residual: facts
                 .zip(hold)
                 .map(|(f, h)| held(f, h.quantity) / h.target - 1.0),
-            axes: facts.map(|f| f.axes.clone()).unwrap_or_default(),
+            axes: members
+                .first()
+                .map(|i| runs[*i].axes.clone())
+                .unwrap_or_default(),
         }
     };
     names.into_iter().map(of_name).collect()
@@ -646,185 +576,6 @@ fn note_members(runs: &[RunData], groups: &[Group], any_final: bool, notes: &mut
     );
 }
 
-/// `a, b and c`; beyond six names the number of the rest.
-fn list(names: &[&str]) -> String {
-    const SHOWN: usize = 6;
-    match names {
-        [] => "none".to_owned(),
-        [one] => (*one).to_owned(),
-        names if names.len() > SHOWN => {
-            format!(
-                "{} and {} more",
-                names[..SHOWN].join(", "),
-                names.len() - SHOWN
-            )
-        }
-        [head @ .., last] => format!("{} and {last}", head.join(", ")),
-    }
-}
-
-/// The answer in sentences, every one derived from the numbers.
-fn words(
-    groups: &[Group],
-    metric: Option<&str>,
-    goal: Goal,
-    reference: Option<&str>,
-) -> Vec<String> {
-    let Some((metric, reference)) = metric.zip(reference) else {
-        return vec!["No run has a metric that could be compared.".to_owned()];
-    };
-    let Some(base) = groups.iter().find(|g| g.name == reference) else {
-        return Vec::new();
-    };
-    let value = |g: &Group| {
-        g.metrics
-            .get(metric)
-            .and_then(|e| Some(mean_sd(e.mean?, e.sd)))
-            .unwrap_or_else(|| "no value".to_owned())
-    };
-    let n = base.metrics.get(metric).map_or(0, |e| e.n);
-    let spread = if n >= 2 {
-        format!("mean ± standard deviation over {n} seeds")
-    } else {
-        "one seed".to_owned()
-    };
-    let best = groups.first().is_some_and(|g| g.name == reference);
-    let mut out = vec![if groups.len() == 1 {
-        format!("{reference} reaches {metric} {} ({spread}).", value(base))
-    } else if best {
-        let most = if goal == Goal::Higher {
-            "highest"
-        } else {
-            "lowest"
-        };
-        format!(
-            "{reference} has the {most} {metric}: {} ({spread}).",
-            value(base)
-        )
-    } else {
-        format!(
-            "Tested against {reference}, which reaches {metric} {} ({spread}).",
-            value(base)
-        )
-    }];
-    let with = |verdict: Verdict, apart: bool| -> Vec<String> {
-        groups
-            .iter()
-            .filter_map(|g| g.test.as_ref().map(|t| (g, t)))
-            .filter(|(g, t)| {
-                t.verdict == verdict && t.difference.is_some() && is_far(g, base, metric) == apart
-            })
-            .map(|(g, t)| match t.p_adjusted {
-                Some(p) => format!("{} ({}, {})", g.name, value(g), p_words(p)),
-                None => format!("{} ({})", g.name, value(g)),
-            })
-            .collect()
-    };
-    let mut say = |lead: &str, names: Vec<String>, tail: &str| {
-        if !names.is_empty() {
-            let names: Vec<&str> = names.iter().map(String::as_str).collect();
-            out.push(format!("{lead}{}{tail}.", list(&names)));
-        }
-    };
-    let both = |verdict| [with(verdict, true), with(verdict, false)].concat();
-    say("Better: ", both(Verdict::Better), "");
-    say("Worse: ", both(Verdict::Worse), "");
-    let far = with(Verdict::NoDifferenceShown, true);
-    say(
-        "Far apart in these seeds, yet too few seeds to show it by a test: ",
-        far,
-        "",
-    );
-    say(
-        "No difference shown: ",
-        with(Verdict::NoDifferenceShown, false),
-        "",
-    );
-    say(
-        "Not tested, since a test needs two seeds on each side: ",
-        both(Verdict::NotTested),
-        "",
-    );
-    let undecided = groups
-        .iter()
-        .filter_map(|g| g.test.as_ref())
-        .any(|t| t.verdict == Verdict::NoDifferenceShown);
-    if undecided && n < 4 {
-        out.push(format!("With {n} seeds a test shows only steady differences; more seeds would settle the open ones."));
-    }
-    out.extend(cost_words(groups, base, metric, goal));
-    out
-}
-
-/// Whether a gap is over five times the larger spread: visible to the eye whatever a test with two seeds says.
-fn is_far(group: &Group, base: &Group, metric: &str) -> bool {
-    let estimates = group.metrics.get(metric).zip(base.metrics.get(metric));
-    let Some((a, b)) = estimates else {
-        return false;
-    };
-    match (a.mean, b.mean, a.sd, b.sd) {
-        (Some(x), Some(y), Some(s), Some(r)) => (x - y).abs() > 5.0 * s.max(r) && x != y,
-        _ => false,
-    }
-}
-
-/// `p = 0.012`, `p < 0.001`.
-pub(super) fn p_words(p: f64) -> String {
-    if p < 0.001 {
-        "p < 0.001".to_owned()
-    } else {
-        format!("p = {p:.3}")
-    }
-}
-
-/// What the reference costs next to groups that are not shown to be worse and not far from it.
-fn cost_words(groups: &[Group], base: &Group, metric: &str, goal: Goal) -> Vec<String> {
-    let quality = |g: &Group| g.metrics.get(metric).and_then(|e| e.mean);
-    let near = groups
-        .iter()
-        .filter(|g| g.name != base.name && !is_far(g, base, metric))
-        .filter(|g| {
-            let tied = g
-                .test
-                .as_ref()
-                .is_some_and(|t| matches!(t.verdict, Verdict::NoDifferenceShown | Verdict::Better));
-            let ahead = quality(g)
-                .zip(quality(base))
-                .is_some_and(|(x, y)| if goal == Goal::Higher { x >= y } else { x <= y });
-            tied || ahead
-        });
-    let cheaper = near
-        .filter_map(|g| {
-            let (mine, theirs) = (g.decode_bytes? as f64, base.decode_bytes? as f64);
-            (mine > 0.0 && theirs / mine >= 1.2).then(|| (g, theirs / mine, mine, theirs))
-        })
-        // Groups come best first: of equal costs the better one is named.
-        .rev()
-        .max_by(|a, b| a.1.total_cmp(&b.1));
-    let mut out = Vec::new();
-    if let Some((g, ratio, mine, theirs)) = cheaper {
-        out.push(format!(
-            "Among those not shown to be worse than {}, {} needs the least state in decoding: {ratio:.1} times less per sequence ({} against {}).",
-            base.name,
-            g.name,
-            bytes(mine),
-            bytes(theirs)
-        ));
-    }
-    let totals: Vec<u64> = groups.iter().filter_map(|g| g.params_active).collect();
-    if let (Some(low), Some(high)) = (totals.iter().min(), totals.iter().max())
-        && *low > 0
-        && (*high as f64 / *low as f64) > 1.1
-    {
-        out.push(format!(
-            "Sizes differ: {} to {} active parameters; part of any difference may be size.",
-            count(*low as f64),
-            count(*high as f64)
-        ));
-    }
-    out
-}
-
 impl Group {
     /// How the group's test was made, for a table's footnote.
     pub fn method(&self) -> Option<Method> {
@@ -836,6 +587,7 @@ impl Group {
 pub(super) mod tests {
     use super::*;
     use crate::record::series::{Point, Series};
+    use crate::report::stats::Verdict;
     use std::path::PathBuf;
 
     /// A finished run without a folder.
@@ -853,6 +605,7 @@ pub(super) mod tests {
             state: Some(RunState::Finished),
             message: None,
             summary: None,
+            axes: BTreeMap::new(),
             series: values
                 .iter()
                 .map(|(t, v)| {
@@ -968,71 +721,5 @@ pub(super) mod tests {
         assert!(c.groups[0].metrics["eval/accuracy"].mean.is_some());
         let empty = compare(&[], &Options::default());
         assert!(empty.groups.is_empty() && empty.verdict[0].contains("No run"));
-    }
-
-    #[test]
-    fn losses_over_sizes_get_a_law_per_family() {
-        let mut runs = Vec::new();
-        let mut families = BTreeMap::new();
-        for (family, floor) in [("a", 1.0), ("b", 2.0)] {
-            for (i, size) in [1e4, 3e4, 1e5, 3e5, 1e6].into_iter().enumerate() {
-                let name = format!("{family}-{i}");
-                let loss = floor + 40.0 * f64::powf(size, -0.5);
-                let mut run = run(&name, 0, &[("eval/loss", loss)]);
-                run.summary = Some(RunSummary {
-                    name: name.clone(),
-                    group: name.clone(),
-                    seed: 0,
-                    status: RunState::Finished,
-                    params_total: size as u64,
-                    params_active: size as u64,
-                    state_bytes_per_seq: 0,
-                    kv_bytes_per_token: 0,
-                    seq_len: 1,
-                    flops_per_token: 2.0 * size,
-                    tokens_per_sec: 1.0,
-                    final_metrics: [("eval/loss".to_owned(), loss)].into(),
-                    best_metrics: BTreeMap::new(),
-                    config_hash: String::new(),
-                    graph_hash: String::new(),
-                    data_hash: String::new(),
-                    axes: BTreeMap::new(),
-                });
-                runs.push(run);
-                families.insert(name, family.to_owned());
-            }
-        }
-        let options = Options {
-            families,
-            ..Options::default()
-        };
-        let c = compare(&runs, &options);
-        let laws: Vec<_> = c.laws.iter().map(|l| (l.family.as_str(), l.cost)).collect();
-        assert_eq!(
-            laws,
-            [
-                ("a", Cost::ParamsActive),
-                ("a", Cost::FlopsPerToken),
-                ("b", Cost::ParamsActive),
-                ("b", Cost::FlopsPerToken)
-            ]
-        );
-        for (law, floor) in c.laws.iter().zip([1.0, 1.0, 2.0, 2.0]) {
-            assert!((law.fit.law.e - floor).abs() < 1e-3, "{law:?}");
-            assert!((law.fit.law.b - 0.5).abs() < 1e-3, "{law:?}");
-        }
-        let words = crate::report::table::terminal(&c, 200);
-        assert!(
-            words.contains("Scaling laws") && words.contains("a: eval/loss = 1.000"),
-            "{words}"
-        );
-        // Equal sizes have no law.
-        assert!(compare(&five_by_two(), &Options::default()).laws.is_empty());
-    }
-
-    #[test]
-    fn lists_read_well() {
-        assert_eq!(list(&["a", "b", "c"]), "a, b and c");
-        assert_eq!(list(&["a"; 8]), "a, a, a, a, a, a and 2 more");
     }
 }

@@ -347,6 +347,7 @@ fn read(tx: &Transaction, id: i64, dir: &Path) -> rusqlite::Result<RunData> {
             let state: Option<String> = r.get(3)?;
             let summary: Option<String> = r.get(5)?;
             let warnings: String = r.get(6)?;
+            let summary = summary.and_then(|s| serde_json::from_str::<RunSummary>(&s).ok());
             Ok(RunData {
                 name: r.get(0)?,
                 path: dir.to_path_buf(),
@@ -356,7 +357,8 @@ fn read(tx: &Transaction, id: i64, dir: &Path) -> rusqlite::Result<RunData> {
                     serde_json::from_value::<RunState>(serde_json::Value::String(s)).ok()
                 }),
                 message: r.get(4)?,
-                summary: summary.and_then(|s| serde_json::from_str::<RunSummary>(&s).ok()),
+                axes: summary.as_ref().map(RunSummary::point).unwrap_or_default(),
+                summary,
                 series,
                 resolved: fs::read_to_string(dir.join(RESOLVED_RON)).ok(),
                 graph: fs::read_to_string(dir.join(GRAPH_TXT)).ok(),

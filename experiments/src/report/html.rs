@@ -9,15 +9,16 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use super::compare::{Comparison, Cost, Group, p_words};
+use super::compare::{Comparison, Cost, Group};
 use super::explain::{DiffLine, diff};
 use super::load::RunData;
 use super::stats::{Goal, Verdict};
 use super::svg::{N_COLOURS, curves, dots, escape};
 use super::table::percent;
-use super::units::{bytes, count, mean_sd, number};
-use crate::record::RecordError;
+use super::units::{bytes, count, interval, mean_sd, number};
+use super::verdict::p_words;
 use crate::record::files::write_atomic;
+use crate::record::{Point, RecordError, Series};
 
 const PAGE: &str = include_str!("html/report.html");
 const STYLE: &str = include_str!("html/report.css");
@@ -264,20 +265,18 @@ fn table(c: &Comparison) -> String {
             } else {
                 String::new()
             };
-            let tip = e
+            let ci = e
                 .and_then(|e| e.ci95)
-                .map(|(a, b)| {
-                    format!(
-                        " title=\"95% confidence interval {} to {}\"",
-                        number(a),
-                        number(b)
-                    )
+                .filter(|_| k == 0)
+                .map(|ci| {
+                    let tip = "95% confidence interval of the mean over seeds, by Student's t";
+                    format!("<small title=\"{tip}\">95%: {}</small>", interval(ci))
                 })
                 .unwrap_or_default();
             cell(
                 &mut out,
                 e.and_then(|e| e.mean),
-                &format!("{picture}<span{tip}>{text}</span>"),
+                &format!("{picture}<span>{text}{ci}</span>"),
                 k == 0,
             );
             if k == 0 && tested {
@@ -298,6 +297,9 @@ fn table(c: &Comparison) -> String {
         out.push_str("</tr>");
     }
     out.push_str("</tbody></table></div>");
+    if c.groups.len() > 1 && c.groups.iter().any(|g| !g.pareto.is_empty()) {
+        out.push_str("<p class=\"key\">◆ on the Pareto front of that column: no other configuration is both better and cheaper</p>");
+    }
     out
 }
 
@@ -511,8 +513,7 @@ fn method(c: &Comparison) -> String {
     let tested = c.groups.iter().any(|g| g.test.is_some());
     let mut out = String::from(
         "Values are those of the last step of finished runs: mean ± sample standard deviation over seeds. \
-         Bands in the curves are one standard deviation on either side of the mean. \
-         ◆ marks configurations on the Pareto front of that column: no other is both better and cheaper. ",
+         95% intervals of means are by Student's t, those of scaling laws by resampling points. ",
     );
     if tested {
         let paired = c
@@ -549,6 +550,27 @@ fn short(v: f64) -> Value {
         .unwrap_or(Value::Null)
 }
 
+/// Every n-th of them, counted from the end, so that the last one is always there.
+fn thinned(series: &Series, at_most: usize) -> Vec<Point> {
+    let points: Vec<Point> = series.points().collect();
+    let stride = points.len().div_ceil(at_most.max(1)).max(1);
+    let mut kept: Vec<Point> = points.into_iter().rev().step_by(stride).collect();
+    kept.reverse();
+    kept
+}
+
+/// Steps and the seconds since the first of them, of the run's longest curve.
+fn seconds(run: &RunData, at_most: usize) -> Value {
+    let longest = run.series.values().max_by_key(|s| s.points().count());
+    let points = longest.map(|s| thinned(s, at_most)).unwrap_or_default();
+    let Some(first) = points.first().map(|p| p.time) else {
+        return Value::Null;
+    };
+    let steps: Vec<i64> = points.iter().map(|p| p.step).collect();
+    let secs: Vec<Value> = points.iter().map(|p| short(p.time - first)).collect();
+    json!([steps, secs])
+}
+
 fn data(c: &Comparison, runs: &[RunData]) -> Value {
     let n_series: usize = runs.iter().map(|r| r.series.len()).sum();
     let per_series = (POINT_BUDGET / n_series.max(1)).clamp(40, 600);
@@ -566,11 +588,7 @@ fn data(c: &Comparison, runs: &[RunData]) -> Value {
         .map(|run| {
             let mut series = serde_json::Map::new();
             for (tag, s) in &run.series {
-                let points: Vec<_> = s.points().collect();
-                let stride = points.len().div_ceil(per_series).max(1);
-                // From the end, so that the last value is always there.
-                let mut kept: Vec<_> = points.iter().rev().step_by(stride).collect();
-                kept.reverse();
+                let kept = thinned(s, per_series);
                 tags.insert(tag);
                 let steps: Vec<i64> = kept.iter().map(|p| p.step).collect();
                 let values: Vec<Value> = kept.iter().map(|p| short(p.value)).collect();
@@ -591,6 +609,7 @@ fn data(c: &Comparison, runs: &[RunData]) -> Value {
                 "group": index.get(run.group.as_str()),
                 "config": run.resolved,
                 "graph": graph,
+                "seconds": seconds(run, per_series),
                 "series": series,
             })
         })
@@ -631,6 +650,7 @@ fn data(c: &Comparison, runs: &[RunData]) -> Value {
             "name": g.name,
             "mean": quality(g).and_then(|e| e.mean).map(short),
             "sd": quality(g).and_then(|e| e.sd).map(short),
+            "n": quality(g).map_or(0, |e| e.n),
         })).collect::<Vec<_>>(),
         "costs": costs,
         "runs": members,

@@ -19,6 +19,10 @@ use crate::record::sweep_file::SWEEP_JSON;
 const MAX_DEPTH: usize = 8;
 /// Points kept per curve.
 const MAX_POINTS: usize = 4000;
+/// Folders beside one another in which Keras' callback writes the halves of one run.
+const HALVES: [&str; 6] = ["train", "validation", "valid", "val", "test", "eval"];
+/// Hyper-parameters that hold the seed.
+const SEEDS: [&str; 3] = ["seed", "random_seed", "rng_seed"];
 
 /// One run, read.
 #[derive(Debug)]
@@ -37,9 +41,11 @@ pub struct RunData {
     pub message: Option<String>,
     /// Its facts, where it has a summary.
     pub summary: Option<RunSummary>,
+    /// The point of the sweep, else the hyper-parameters of another writer; without the seed.
+    pub axes: BTreeMap<String, String>,
     /// Its curves.
     pub series: SeriesMap,
-    /// Text of `resolved.ron`.
+    /// Text of `resolved.ron`; of another writer's run its hyper-parameters.
     pub resolved: Option<String>,
     /// Text of `graph.txt`.
     pub graph: Option<String>,
@@ -104,7 +110,7 @@ pub fn load(paths: &[PathBuf]) -> Result<Vec<RunData>, LoadError> {
         if !path.is_dir() {
             return Err(LoadError::Missing { path: path.clone() });
         }
-        let mut found: Vec<(PathBuf, String)> = Vec::new();
+        let mut found: Vec<Found> = Vec::new();
         find(path, path, 0, &mut found)?;
         if found.is_empty() {
             return Err(LoadError::NoRuns { path: path.clone() });
@@ -114,21 +120,29 @@ pub fn load(paths: &[PathBuf]) -> Result<Vec<RunData>, LoadError> {
             .any(|f| path.join(f).is_file());
         let database = if kept { Database::open(path)? } else { None };
         match database {
-            Some(mut database) => runs.extend(database.sync(path, &found)?),
-            None => runs.extend(found.into_iter().map(|(dir, name)| load_run(&dir, name))),
+            Some(mut database) => {
+                let found: Vec<(PathBuf, String)> =
+                    found.into_iter().map(|f| (f.path, f.name)).collect();
+                runs.extend(database.sync(path, &found)?);
+            }
+            None => runs.extend(found.into_iter().map(load_found)),
         }
     }
     let mut seen = std::collections::BTreeSet::new();
     runs.retain(|r| seen.insert(fs::canonicalize(&r.path).unwrap_or_else(|_| r.path.clone())));
+    group_by_hparams(&mut runs);
     Ok(runs)
 }
 
-fn find(
-    root: &Path,
-    dir: &Path,
-    depth: usize,
-    found: &mut Vec<(PathBuf, String)>,
-) -> Result<(), LoadError> {
+/// A run's folder.
+struct Found {
+    path: PathBuf,
+    name: String,
+    /// Further folders with event files of the run, and what stands before their tags.
+    parts: Vec<(PathBuf, String)>,
+}
+
+fn find(root: &Path, dir: &Path, depth: usize, found: &mut Vec<Found>) -> Result<(), LoadError> {
     let ours = [METRICS_JSONL, SUMMARY_JSON, STATUS_JSON]
         .iter()
         .any(|f| dir.join(f).is_file());
@@ -137,7 +151,16 @@ fn find(
         .filter_map(|e| e.ok().map(|e| e.path()))
         .collect();
     entries.sort();
-    if ours || entries.iter().any(|p| is_event_file(p)) {
+    // Links are not followed, or a link upwards would be walked in circles.
+    let folders = entries.iter().filter(|p| p.is_dir() && !p.is_symlink());
+    let has_events = entries.iter().any(|p| is_event_file(p));
+    let parts = match (ours, has_events) {
+        (true, _) => Vec::new(),
+        (false, true) => torch_hparams(folders.clone()),
+        (false, false) => keras_halves(folders.clone()),
+    };
+    let within: Vec<PathBuf> = parts.iter().map(|(p, _)| p.clone()).collect();
+    if ours || has_events || !parts.is_empty() {
         let below = dir.strip_prefix(root).unwrap_or(dir);
         let name = if below.as_os_str().is_empty() {
             fs::canonicalize(dir)
@@ -146,25 +169,95 @@ fn find(
         } else {
             Some(below.to_string_lossy().into_owned())
         };
-        found.push((
-            dir.to_path_buf(),
-            name.unwrap_or_else(|| dir.display().to_string()),
-        ));
+        found.push(Found {
+            path: dir.to_path_buf(),
+            name: name.unwrap_or_else(|| dir.display().to_string()),
+            parts,
+        });
     }
     if ours || depth == MAX_DEPTH {
         return Ok(());
     }
-    for entry in entries {
-        // Links are not followed, or a link upwards would be walked in circles.
-        if entry.is_dir() && !entry.is_symlink() {
-            find(root, &entry, depth + 1, found)?;
-        }
+    for entry in folders.filter(|p| !within.contains(p)) {
+        find(root, entry, depth + 1, found)?;
     }
     Ok(())
 }
 
+fn holds_events(dir: &Path) -> bool {
+    fs::read_dir(dir).is_ok_and(|entries| entries.flatten().any(|e| is_event_file(&e.path())))
+}
+
+fn file_name(path: &Path) -> String {
+    path.file_name()
+        .map(|n| n.to_string_lossy().into_owned())
+        .unwrap_or_default()
+}
+
+/// PyTorch's `add_hparams` writes a session into a folder of the run that is named by the time.
+fn torch_hparams<'a>(folders: impl Iterator<Item = &'a PathBuf>) -> Vec<(PathBuf, String)> {
+    let is_time = |name: &str| name.contains('.') && name.parse::<f64>().is_ok();
+    folders
+        .filter(|p| is_time(&file_name(p)) && holds_events(p))
+        .map(|p| (p.clone(), String::new()))
+        .collect()
+}
+
+/// Keras' callback writes what it saw in training and in validation into two folders, under the same tags.
+fn keras_halves<'a>(folders: impl Iterator<Item = &'a PathBuf>) -> Vec<(PathBuf, String)> {
+    let halves: Vec<&PathBuf> = folders.filter(|p| holds_events(p)).collect();
+    let names: Vec<String> = halves.iter().map(|p| file_name(p)).collect();
+    let is_run = names.len() > 1
+        && names.iter().any(|n| n == "train")
+        && names.iter().all(|n| HALVES.contains(&n.as_str()));
+    let parts = halves.into_iter().zip(names);
+    parts
+        .filter(|_| is_run)
+        .map(|(p, n)| (p.clone(), format!("{n}/")))
+        .collect()
+}
+
+/// Runs of another writer that differ by a seed among their hyper-parameters become groups, named by the others that differ.
+fn group_by_hparams(runs: &mut [RunData]) {
+    let foreign = |r: &RunData| r.state.is_none() && r.seed.is_some() && r.group == r.name;
+    let those: Vec<&RunData> = runs.iter().filter(|r| foreign(r)).collect();
+    let names: std::collections::BTreeSet<&String> =
+        those.iter().flat_map(|r| r.axes.keys()).collect();
+    let differing: Vec<String> = names
+        .into_iter()
+        .filter(|n| {
+            those
+                .iter()
+                .any(|r| r.axes.get(*n) != those[0].axes.get(*n))
+        })
+        .cloned()
+        .collect();
+    if those.len() < 2 {
+        return;
+    }
+    for run in runs.iter_mut().filter(|r| foreign(r)) {
+        let values = differing.iter().filter_map(|n| Some((n, run.axes.get(n)?)));
+        let label: Vec<String> = values.map(|(n, v)| format!("{n}={v}")).collect();
+        run.group = if label.is_empty() {
+            "all".to_owned()
+        } else {
+            label.join(" ")
+        };
+    }
+}
+
 /// Reads the run in a folder from its files.
 pub(super) fn load_run(path: &Path, name: String) -> RunData {
+    load_found(Found {
+        path: path.to_path_buf(),
+        name,
+        parts: Vec::new(),
+    })
+}
+
+fn load_found(found: Found) -> RunData {
+    let Found { path, name, parts } = found;
+    let path = path.as_path();
     let mut warnings = Vec::new();
     let mut note = |e: RecordError| warnings.push(e.to_string());
     let summary: Option<RunSummary> = read_json(&path.join(SUMMARY_JSON)).unwrap_or_else(|e| {
@@ -177,6 +270,7 @@ pub(super) fn load_run(path: &Path, name: String) -> RunData {
     });
     let metrics = path.join(METRICS_JSONL);
     let mut series = SeriesMap::new();
+    let mut hparams = BTreeMap::new();
     if metrics.is_file() {
         match read_metrics(&metrics, MAX_POINTS) {
             Ok(log) => {
@@ -191,20 +285,28 @@ pub(super) fn load_run(path: &Path, name: String) -> RunData {
             max_points: MAX_POINTS,
             ..ReadLimits::default()
         };
-        for dir in [path.to_path_buf(), path.join(TB_DIR)]
-            .into_iter()
-            .filter(|d| d.is_dir())
-        {
+        let own = [path.to_path_buf(), path.join(TB_DIR)].map(|d| (d, String::new()));
+        for (dir, before) in own.into_iter().chain(parts).filter(|(d, _)| d.is_dir()) {
             match read_dir(&dir, &limits) {
                 Ok(log) => {
-                    series.extend(log.scalars);
+                    let tagged = log.scalars.into_iter();
+                    series.extend(tagged.map(|(tag, s)| (format!("{before}{tag}"), s)));
+                    hparams.extend(log.hparams);
                     warnings.extend(log.warnings.iter().map(ToString::to_string));
                 }
                 Err(e) => warnings.push(e.to_string()),
             }
         }
     }
-    let (guessed_group, guessed_seed) = split_seed(&name);
+    let (guessed_group, mut guessed_seed) = split_seed(&name);
+    let mut axes = summary
+        .as_ref()
+        .map(|s| s.axes.clone())
+        .unwrap_or_else(|| hparams.clone());
+    for seed in SEEDS.into_iter().filter_map(|name| axes.remove(name)) {
+        // Numbers come as floats.
+        guessed_seed = guessed_seed.or_else(|| seed.parse().ok());
+    }
     let group = summary
         .as_ref()
         .map(|s| s.group.clone())
@@ -234,7 +336,15 @@ pub(super) fn load_run(path: &Path, name: String) -> RunData {
         path: path.to_path_buf(),
         summary,
         series,
-        resolved: fs::read_to_string(path.join(RESOLVED_RON)).ok(),
+        axes,
+        resolved: fs::read_to_string(path.join(RESOLVED_RON))
+            .ok()
+            .or_else(|| {
+                let lines = hparams
+                    .iter()
+                    .map(|(name, value)| format!("{name}: {value}\n"));
+                (!hparams.is_empty()).then(|| lines.collect())
+            }),
         graph: fs::read_to_string(path.join(GRAPH_TXT)).ok(),
         warnings,
     }
@@ -305,6 +415,40 @@ mod tests {
         assert_eq!(runs[0].finals()["x"], 1.0);
         assert_eq!(runs[2].warnings.len(), 1);
         assert!(runs[3].warnings[0].contains("summary.json") && runs[3].finals()["z"] == 2.0);
+    }
+
+    /// Files of other writers: see tests/fixtures/events/README.md for what wrote them.
+    #[test]
+    fn runs_of_pytorch_and_keras_are_read_as_they_are_meant() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/events");
+        let runs = load(&[root.join("torch"), root.join("keras")]).unwrap();
+        let names: Vec<_> = runs
+            .iter()
+            .map(|r| (r.name.as_str(), r.group.as_str(), r.seed))
+            .collect();
+        assert_eq!(
+            names,
+            [
+                ("a", "lr=0.01", Some(0)),
+                ("b", "lr=0.01", Some(1)),
+                ("c", "lr=0.1", Some(0)),
+                ("keras", "keras", None)
+            ]
+        );
+        for run in &runs {
+            assert!(run.warnings.is_empty(), "{:?}", run.warnings);
+        }
+        assert_eq!(runs[0].axes["optimizer"], "adam");
+        assert!(runs[0].resolved.as_ref().unwrap().contains("seed: 0\n"));
+        let finals = runs[2].finals();
+        assert!((finals["loss/train"] - 0.1).abs() < 1e-6 && finals["hparam/accuracy"] == 0.5);
+        let finals = runs[3].finals();
+        assert!(
+            (finals["train/epoch_loss"] - 0.25).abs() < 1e-6,
+            "{finals:?}"
+        );
+        assert_eq!(finals["validation/epoch_loss"], 0.5);
+        assert_eq!(runs[3].axes["units"], "32");
     }
 
     #[test]

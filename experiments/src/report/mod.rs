@@ -9,10 +9,12 @@ pub mod fit;
 pub mod html;
 pub mod load;
 pub mod pareto;
+pub mod scaling;
 pub mod stats;
 mod svg;
 pub mod table;
 pub mod units;
+mod verdict;
 
 pub use compare::{Comparison, Options, compare};
 pub use load::{LoadError, RunData, load};

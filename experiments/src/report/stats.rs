@@ -95,6 +95,17 @@ pub enum Method {
     Untested,
 }
 
+impl Method {
+    /// In a word, as JSON has it.
+    pub fn word(self) -> &'static str {
+        match self {
+            Method::Paired => "paired",
+            Method::Welch => "welch",
+            Method::Untested => "untested",
+        }
+    }
+}
+
 /// What a test says of the first group against the second.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]

@@ -5,8 +5,9 @@ use std::fmt::Write;
 
 use unicode_width::{UnicodeWidthChar, UnicodeWidthStr};
 
-use super::compare::{Comparison, Group, p_words};
-use super::units::{bytes, count, mean_sd};
+use super::compare::{Comparison, Group};
+use super::units::{bytes, count, interval, mean_sd};
+use super::verdict::p_words;
 
 /// Narrowest terminal that is laid out for.
 const MIN_WIDTH: usize = 40;
@@ -99,6 +100,11 @@ fn table(c: &Comparison, width: usize, out: &mut String) -> Vec<String> {
                 )
             },
         ));
+        if i == 0 {
+            columns.push(column("95% interval", true, 3, &|g| {
+                or_dash(g.metrics.get(metric).and_then(|e| e.ci95).map(interval))
+            }));
+        }
     }
     columns.push(column("params", true, 5, &|g| {
         or_dash(g.params_total.map(|v| count(v as f64)))
@@ -254,6 +260,17 @@ pub(crate) fn wrap(text: &str, width: usize, indent: &str) -> String {
     out
 }
 
+/// What the CSV's columns mean, for the help text.
+pub const CSV_COLUMNS: &str = "\
+group, members, finished, seeds (separated by spaces);
+for every metric M: M:mean, M:sd (sample standard deviation over seeds), M:ci95_low, M:ci95_high (interval of the mean by Student's t),
+M:n (values behind them);
+params_total, params_active (used by one token), state_bytes_per_seq (recurrent state), kv_bytes_per_token, decode_bytes (both at the
+training length), flops_per_token (forward), tokens_per_sec (training), held, held_target, held_residual (what a sweep holds equal, and how far off), tokens (seen in training);
+reference (the group that this one is tested against), difference (of the means), difference_ci95_low, difference_ci95_high, test
+(paired, welch or untested), test_n (pairs, or values on the smaller side), p, p_adjusted (by Holm's method), verdict (by p_adjusted);
+axis:A for every setting A of a sweep.";
+
 /// The comparison as CSV (RFC 4180), one line per group, full precision, empty where unknown.
 pub fn csv(c: &Comparison) -> String {
     let mut head: Vec<String> = ["group", "members", "finished", "seeds"]
@@ -274,8 +291,13 @@ pub fn csv(c: &Comparison) -> String {
             "held",
             "held_target",
             "held_residual",
+            "tokens",
             "reference",
             "difference",
+            "difference_ci95_low",
+            "difference_ci95_high",
+            "test",
+            "test_n",
             "p",
             "p_adjusted",
             "verdict",
@@ -322,8 +344,17 @@ pub fn csv(c: &Comparison) -> String {
                 .unwrap_or_default(),
             float(c.hold.map(|h| h.target)),
             float(g.residual),
+            float(g.tokens),
             c.reference.clone().unwrap_or_default(),
             float(g.test.as_ref().and_then(|t| t.difference)),
+            float(g.test.as_ref().and_then(|t| t.ci95).map(|c| c.0)),
+            float(g.test.as_ref().and_then(|t| t.ci95).map(|c| c.1)),
+            g.test
+                .as_ref()
+                .map(|t| t.method.word())
+                .unwrap_or_default()
+                .to_owned(),
+            int(g.test.as_ref().map(|t| t.n as u64)),
             float(g.test.as_ref().and_then(|t| t.p)),
             float(g.test.as_ref().and_then(|t| t.p_adjusted)),
             g.test

@@ -60,6 +60,18 @@ pub fn mean_sd(mean: f64, sd: Option<f64>) -> String {
     }
 }
 
+/// `0.165 to 0.256`, to the digits that its width leaves meaningful.
+pub fn interval((low, high): (f64, f64)) -> String {
+    let half = 0.5 * (high - low);
+    let size = low.abs().max(high.abs());
+    if half > 0.0 && half.is_finite() && (1e-3..1e6).contains(&size) {
+        let digits = (1 - half.log10().floor() as i32).clamp(0, 4) as usize;
+        format!("{low:.digits$} to {high:.digits$}")
+    } else {
+        format!("{} to {}", number(low), number(high))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -81,5 +93,8 @@ mod tests {
         assert_eq!(mean_sd(0.98765, Some(0.0123)), "0.988 ± 0.012");
         assert_eq!(mean_sd(0.98765, None), "0.9877");
         assert_eq!(mean_sd(0.0, Some(0.0)), "0 ± 0");
+        assert_eq!(interval((0.16478, 0.25641)), "0.165 to 0.256");
+        assert_eq!(interval((-1.0, 14.0)), "-1.0 to 14.0");
+        assert_eq!(interval((2.0, 2.0)), "2.000 to 2.000");
     }
 }

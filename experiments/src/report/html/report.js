@@ -156,7 +156,21 @@
 
   // ---- learning curves
 
-  const state = { tag: D.metric, smooth: 0, logX: false, logY: false, seeds: false, off: new Set() };
+  const state = { tag: D.metric, x: "step", band: "", smooth: 0, logX: false, logY: false, seeds: false, off: new Set() };
+
+  // What the curves run over: the name of the axis, and the run's table from steps to it.
+  const AXES = { step: ["step", null], tokens: ["training tokens", (r) => r.series["train/tokens"]], seconds: ["seconds since the start, evaluations and pauses included", (r) => r.seconds] };
+
+  // 97.5% quantiles of Student's t by degrees of freedom, the factor of a 95% interval.
+  const T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.16, 2.145, 2.131, 2.12, 2.11, 2.101, 2.093, 2.086, 2.08, 2.074, 2.069, 2.064, 2.06, 2.056, 2.052, 2.048, 2.045, 2.042];
+  const BANDS = {
+    ci: ["95% confidence interval of the mean", (ys, mean, sd) => { const h = (T[ys.length - 2] || 1.96) * sd / Math.sqrt(ys.length); return [mean - h, mean + h]; }],
+    sd: ["± one standard deviation over seeds", (ys, mean, sd) => [mean - sd, mean + sd]],
+    range: ["lowest to highest seed", (ys) => [Math.min(...ys), Math.max(...ys)]],
+    none: ["none", null],
+  };
+  // An interval from two seeds is wider than any chart.
+  state.band = Math.min(...D.groups.map((g) => g.n)) >= 3 ? "ci" : "sd";
 
   // Exponential moving average without the bias of its start; a gap (null) stays a gap.
   function smoothed(values, weight) {
@@ -184,16 +198,23 @@
     const out = [];
     D.groups.forEach((group, g) => {
       if (state.off.has(g)) return;
-      const members = D.runs.filter((r) => r.group === g && r.series[state.tag])
-        .map((r) => [r.series[state.tag][0], smoothed(r.series[state.tag][1], state.smooth)]);
+      const table = AXES[state.x][1];
+      const members = D.runs.filter((r) => r.group === g && r.series[state.tag] && (!table || table(r))).map((r) => {
+        const [steps, raw] = r.series[state.tag], ys = smoothed(raw, state.smooth);
+        if (!table) return [steps, ys];
+        const xs = steps.map((x) => at(table(r), x)), known = xs.map((x) => x !== null);
+        return [xs.filter((_, i) => known[i]), ys.filter((_, i) => known[i])];
+      });
       const xs = [...new Set(members.flatMap((m) => m[0]))].sort((a, b) => a - b);
+      const edges = BANDS[state.band][1];
       const points = [];
       for (const x of xs) {
         const ys = members.map((m) => at(m, x)).filter((y) => y !== null && isFinite(y));
         if (ys.length === 0) continue;
         const mean = ys.reduce((a, b) => a + b, 0) / ys.length;
         const sd = ys.length > 1 ? Math.sqrt(ys.reduce((a, y) => a + (y - mean) ** 2, 0) / (ys.length - 1)) : 0;
-        points.push({ x, mean, sd, n: ys.length });
+        const [low, high] = ys.length > 1 && edges ? edges(ys, mean, sd) : [mean, mean];
+        points.push({ x, mean, sd, low, high, n: ys.length });
       }
       if (points.length > 0) out.push({ g, name: group.name, points, members });
     });
@@ -217,7 +238,8 @@
       figure.replaceChildren(caption);
       return;
     }
-    const values = all.flatMap((p) => [p.mean - p.sd, p.mean + p.sd]).filter(okY);
+    // The axis fits the means and their spread; a wider interval is cut at its border.
+    const values = all.flatMap((p) => [Math.max(p.low, p.mean - 2 * p.sd), Math.min(p.high, p.mean + 2 * p.sd)]).filter(okY);
     if (state.seeds) for (const l of lines) for (const [, ys] of l.members) for (const y of ys) if (y !== null && okY(y)) values.push(y);
     let y0 = Infinity, y1 = -Infinity;
     for (const v of values) { if (v < y0) y0 = v; if (v > y1) y1 = v; }
@@ -225,14 +247,14 @@
     for (const p of all) { if (p.x < x0) x0 = p.x; if (p.x > x1) x1 = p.x; }
     if (state.logY) { const k = (y1 / y0) ** 0.04; y0 /= k; y1 *= k; } else { const k = 0.04 * (y1 - y0); y0 -= k; y1 += k; }
     const sx = scale(x0, x1, left, W - right, state.logX), sy = scale(y0, y1, H - bottom, top, state.logY);
-    const root = svg("svg", { viewBox: `0 0 ${W} ${H}`, class: "chart", role: "img", "aria-label": `${state.tag} over training steps` });
+    const root = svg("svg", { viewBox: `0 0 ${W} ${H}`, class: "chart", role: "img", "aria-label": `${state.tag} over ${AXES[state.x][0]}` });
     for (const t of sy.ticks(5)) {
       const y = sy(t);
       if (y < top - 1 || y > H - bottom + 1) continue;
       root.append(svg("line", { x1: left, x2: W - right, y1: y, y2: y, class: "grid" }), svg("text", { x: left - 8, y: y + 4, class: "tick", "text-anchor": "end" }, tickText(t)));
     }
     for (const t of sx.ticks(7)) root.append(svg("text", { x: sx(t), y: H - bottom + 19, class: "tick", "text-anchor": "middle" }, tickText(t)));
-    root.append(svg("text", { x: (left + W - right) / 2, y: H - 3, class: "axis", "text-anchor": "middle" }, "step"));
+    root.append(svg("text", { x: (left + W - right) / 2, y: H - 3, class: "axis", "text-anchor": "middle" }, AXES[state.x][0]));
     const clip = svg("clipPath", { id: "plot" });
     clip.append(svg("rect", { x: left, y: top, width: W - left - right, height: H - top - bottom }));
     root.append(clip);
@@ -244,9 +266,9 @@
       const points = l.points.filter((p) => okX(p.x) && okY(p.mean));
       if (points.length === 0) continue;
       const group = svg("g", { "data-g": l.g });
-      if (!state.seeds && points.some((p) => p.sd > 0)) {
+      if (!state.seeds && points.some((p) => p.high > p.low)) {
         const floor = (v) => state.logY ? Math.max(v, y0 / 10) : v;
-        const edge = [...points.map((p) => [sx(p.x), sy(p.mean + p.sd)]), ...[...points].reverse().map((p) => [sx(p.x), sy(floor(p.mean - p.sd))])];
+        const edge = [...points.map((p) => [sx(p.x), sy(p.high)]), ...[...points].reverse().map((p) => [sx(p.x), sy(floor(p.low))])];
         group.append(svg("polygon", { points: path(edge), fill: colour(l.g), class: "band" }));
       }
       if (state.seeds) {
@@ -286,14 +308,14 @@
         if (best) rows.push([l.g, l.name, number(best.mean) + (best.n > 1 ? ` ± ${number(best.sd)}` : ""), best.mean]);
       }
       rows.sort((a, b) => b[3] - a[3]);
-      tip(e, `step ${near}`, rows);
+      tip(e, `${AXES[state.x][0].split(" since")[0]} ${tickText(near)}`, rows);
     });
     root.addEventListener("pointerleave", () => { guide.setAttribute("visibility", "hidden"); hideTip(); });
     const notes = [state.tag];
     if (state.smooth > 0) notes.push(`smoothed by ${state.smooth}`);
-    const banded = lines.some((l) => l.points.some((p) => p.sd > 0));
+    const banded = lines.some((l) => l.points.some((p) => p.high > p.low));
     if (state.seeds) notes.push("thin lines are single seeds");
-    else if (banded) notes.push("band: ± one standard deviation over seeds");
+    else if (banded) notes.push(`band: ${BANDS[state.band][0]}`);
     caption.textContent = notes.join(" · ");
     figure.replaceChildren(root, caption);
   }
@@ -316,8 +338,10 @@
     } });
     $("curve-controls").append(
       el("label", {}, "metric", choose(tags.map((t) => [t, t, family(t)]), state.tag, (v) => { state.tag = v; drawCurves(); })),
+      el("label", {}, "over", choose(Object.keys(AXES).filter((k) => !AXES[k][1] || D.runs.some(AXES[k][1])).map((k) => [k, k === "step" ? "steps" : k]), state.x, (v) => { state.x = v; drawCurves(); })),
+      el("label", {}, "band", choose(Object.entries(BANDS).map(([k, [text]]) => [k, text]), state.band, (v) => { state.band = v; drawCurves(); })),
       el("label", {}, "smoothing", slider, out),
-      check("log steps", false, (v) => { state.logX = v; drawCurves(); }),
+      check("log axis", false, (v) => { state.logX = v; drawCurves(); }),
       check("log values", false, (v) => { state.logY = v; drawCurves(); }),
       check("single seeds", false, (v) => { state.seeds = v; drawCurves(); }),
     );
@@ -342,6 +366,8 @@
   // ---- quality against cost
 
   const trade = { cost: 0, logX: false, logY: false };
+  const pen = document.createElement("canvas").getContext("2d");
+  pen.font = `600 13.5px ${getComputedStyle(document.body).fontFamily}`;
 
   // Sizes that lie far apart are read on a logarithmic axis.
   const wide = (cost) => {
@@ -391,7 +417,7 @@
       mark.addEventListener("pointerleave", hideTip);
       root.append(mark);
       // The label goes to the first place around the point where it meets no other label and no border.
-      const text = shorten(p.name, 30), w = 7.6 * [...text].length, h = 17;
+      const text = shorten(p.name, 30), w = pen.measureText(text).width, h = 17;
       const spots = [[12, 5, "start"], [-12, 5, "end"], [0, -14, "middle"], [0, 25, "middle"], [12, -11, "start"], [12, 22, "start"], [-12, -11, "end"], [-12, 22, "end"], [12, 39, "start"], [-12, 39, "end"]];
       const boxOf = ([dx, dy, anchor]) => { const l = x + dx - (anchor === "end" ? w : anchor === "middle" ? w / 2 : 0); return [l, y + dy - 13, l + w, y + dy - 13 + h]; };
       const meets = (a, b) => a[0] < b[2] && b[0] < a[2] && a[1] < b[3] && b[1] < a[3];
