@@ -36,6 +36,12 @@ __device__ __forceinline__ void mma(float* c, const u32* a, const u32* b) {
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
+// Two bf16 products.
+__device__ __forceinline__ u32 times(u32 a, u32 b) {
+    u32 r;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));
+    return r;
+}
 __device__ __forceinline__ float low(u32 v) { return __uint_as_float(v << 16); }
 __device__ __forceinline__ float high(u32 v) { return __uint_as_float(v & 0xffff0000u); }
 __device__ __forceinline__ float reciprocal(float x) {
@@ -66,6 +72,11 @@ template <int W> __device__ __forceinline__ u32 frag_a(u32 base, int m, int k) {
 template <int W> __device__ __forceinline__ u32 frag_b(u32 base, int n, int k) {
     int l = threadIdx.x & 31;
     return frag<W>(base, n, (l & 7) + (l >> 4) * 8, k, (l >> 3) & 1);
+}
+// One n tile, two steps of k.
+template <int W> __device__ __forceinline__ u32 frag_b2(u32 base, int n, int k) {
+    int l = threadIdx.x & 31;
+    return frag<W>(base, n, l & 7, k, l >> 3);
 }
 template <int W> __device__ __forceinline__ u32 frag_a_across(u32 base, int m, int k) {
     int l = threadIdx.x & 31;

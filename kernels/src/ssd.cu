@@ -139,7 +139,7 @@ KERNEL ssd_heads(const float* part, TR3* out, i64 n, int H, int G, int N) {
 }
 #else
 // A chunk is cut into tiles of at most Q tokens: `per` a chunk, `tiles` in all. For each (batch, head, tile): dts and cum, the running sum of
-// the log decays in powers of two; for each (batch, tile): first, the last token up to this one in the tile at which a document began, or
+// the log decays in powers of two, and key, with dts exp2(-cum) = exp2(-key); for each (batch, tile): first, the last token up to this one in the tile at which a document began, or
 // -1. Decays within a tile are exp2(cum[q] - cum[s]) where first[q] <= s <= q. What lies beyond the end of a tile is zero.
 // The host sets Q, the padded width of the state NN, the rows of a walk's block R = HEADS * PS, and the width PP of a slice in backward.
 struct Tiles {
@@ -151,52 +151,73 @@ struct Tiles {
         return left < Q ? left : Q;
     }
 };
-KERNEL ssd_prepare(const TA1* dt, const TA2* a, const TA6* dt_bias, const int* pos, float* dts, float* cum, int* first, int B, int T, int H, int chunk, int per, int tiles, float lo, float hi) {
-    i64 e = global_thread();
-    if (e >= (i64)B * tiles * H) return;
-    int h = e % H, k = e / H % tiles;
-    i64 b = e / H / tiles;
+// One block a tile of SPAN heads: four threads a head, each a quarter of the tokens. key = cum - log2 dts.
+#define SPAN 32
+KERNEL ssd_prepare(const TA1* dt, const TA2* a, const TA6* dt_bias, const int* pos, float* dts, float* cum, float* key, int* first, int T, int H, int chunk, int per, int tiles, float lo, float hi) {
+    __shared__ float ends[4][SPAN];
+    constexpr int M = Q / 4;
+    int h = blockIdx.x * SPAN + threadIdx.x % SPAN, part = threadIdx.x / SPAN, k = blockIdx.y;
+    i64 b = blockIdx.z;
     Tiles at = {T, chunk, per};
-    int t0 = at.start(k), len = at.len(k), from = -1;
-    float rate = ld(a, h) * 1.4426950408889634f, bias = dt_bias ? ld(dt_bias, h) : 0.f, sum = 0;
-    i64 out = ((b * H + h) * tiles + k) * Q;
-    int* f = first + (b * tiles + k) * Q;
-    for (int i = 0; i < Q; i += 4) {
-        float d[4], s[4];
+    int t0 = at.start(k), len = at.len(k);
+    bool on = h < H;
+    float rate = on ? ld(a, h) * 1.4426950408889634f : 0.f, bias = on && dt_bias ? ld(dt_bias, h) : 0.f, d[M], s[M];
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            d[j] = i + j < len ? fminf(fmaxf(softplus(ld(dt, (b * T + t0 + i + j) * H + h) + bias), lo), hi) : 0.f;
-            sum += d[j] * rate;
-            s[j] = sum;
-            if (h == 0) {
-                if (i + j < len && pos && pos[b * T + t0 + i + j] == 0) from = i + j;
-                f[i + j] = from;
+    for (int i = 0; i < M; i++) d[i] = on && part * M + i < len ? ld(dt, (b * T + t0 + part * M + i) * H + h) : 0.f;
+#pragma unroll
+    for (int i = 0; i < M; i++) {
+        d[i] = part * M + i < len ? fminf(fmaxf(softplus(d[i] + bias), lo), hi) : 0.f;
+        s[i] = (i ? s[i - 1] : 0.f) + d[i] * rate;
+    }
+    ends[part][threadIdx.x % SPAN] = s[M - 1];
+    __syncthreads();
+    float before = 0;
+    for (int i = 0; i < part; i++) before += ends[i][threadIdx.x % SPAN];
+    if (on) {
+        i64 out = ((b * H + h) * tiles + k) * Q + part * M;
+#pragma unroll
+        for (int i = 0; i < M; i += 4) {
+            float e[4], l[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                e[j] = before + s[i + j];
+                l[j] = e[j] - log2_fast(d[i + j]);
             }
+            *(float4*)(dts + out + i) = make_float4(d[i], d[i + 1], d[i + 2], d[i + 3]);
+            *(float4*)(cum + out + i) = make_float4(e[0], e[1], e[2], e[3]);
+            *(float4*)(key + out + i) = make_float4(l[0], l[1], l[2], l[3]);
         }
-        *(float4*)(dts + out + i) = make_float4(d[0], d[1], d[2], d[3]);
-        *(float4*)(cum + out + i) = make_float4(s[0], s[1], s[2], s[3]);
+    }
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        int from = -1;
+        for (int i = 0; i < Q; i++) {
+            if (i < len && pos && pos[b * T + t0 + i] == 0) from = i;
+            first[(b * tiles + k) * Q + i] = from;
+        }
     }
 }
 // Rows of a matrix in memory into columns col.. of a tile with rows of W; zeros beyond `rows` and `cols`.
-template <int W, int ROWS, int COLS, int THREADS> __device__ __forceinline__ void fetch(u32 to, int col, const bf16* from, i64 stride, int rows, int cols) {
-    constexpr int C = COLS / 8;
+template <int W, int ROWS, int COLS, int THREADS, bool WHOLE = VEC> __device__ __forceinline__ void fetch(u32 to, int col, const bf16* from, i64 stride, int rows, int cols) {
+    constexpr int C = COLS / 8, STEP = THREADS / C;
+    int r = threadIdx.x / C, c = threadIdx.x % C * 8;
+    u32 at = to + tile<W>(r, col + c);
+    const bf16* p = from + r * stride + c;
+    stride *= STEP;
 #pragma unroll
-    for (int i = threadIdx.x; i < ROWS * C; i += THREADS) {
-        int r = i / C, c = i % C * 8;
-        u32 at = to + tile<W>(r, col + c);
-        const bf16* p = from + r * stride + c;
-#if VEC
-        bool on = r < rows && c < cols;
-        cp16(at, on ? p : from, on ? 16 : 0);
-#else
-        u32 w[4];
+    for (int i = 0; i < ROWS / STEP; i++, r += STEP, p += stride) {
+        if (STEP % 8) at = to + tile<W>(r, col + c);
+        if constexpr (WHOLE) {
+            cp16(at, p, r < rows && c < cols ? 16 : 0);
+        } else {
+            u32 w[4];
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            u32 lo = r < rows && c + 2 * e < cols ? p[2 * e].x : 0, hi = r < rows && c + 2 * e + 1 < cols ? p[2 * e + 1].x : 0;
-            w[e] = lo | hi << 16;
+            for (int e = 0; e < 4; e++) {
+                u32 lo = r < rows && c + 2 * e < cols ? p[2 * e].x : 0, hi = r < rows && c + 2 * e + 1 < cols ? p[2 * e + 1].x : 0;
+                w[e] = lo | hi << 16;
+            }
+            sts128(at, uint4{w[0], w[1], w[2], w[3]});
         }
-        sts128(at, uint4{w[0], w[1], w[2], w[3]});
-#endif
+        at += STEP * W * 2;
     }
 }
 // The other way round, of 8 columns.
@@ -228,15 +249,15 @@ struct Own { // the rows of the state that a block holds: HEADS heads, PS rows e
     }
 };
 struct Scalars {
-    float cum[HEADS][Q], dts[HEADS][Q];
+    float cum[HEADS][Q], key[HEADS][Q];
     int first[Q];
 };
-__device__ __forceinline__ void fetch_scalars(Scalars* to, const float* dts, const float* cum, const int* first, i64 b, int h0, int H, int tiles, int k) {
+__device__ __forceinline__ void fetch_scalars(Scalars* to, const float* cum, const float* key, const int* first, i64 b, int h0, int H, int tiles, int k) {
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
         i64 at = ((b * H + h0 + h) * tiles + k) * Q;
         fetch_row<WALKERS>(to->cum[h], cum + at, threadIdx.x);
-        fetch_row<WALKERS>(to->dts[h], dts + at, threadIdx.x);
+        fetch_row<WALKERS>(to->key[h], key + at, threadIdx.x);
     }
     fetch_row<WALKERS>(to->first, first + (b * tiles + k) * Q, threadIdx.x);
 }
@@ -257,31 +278,26 @@ __device__ __forceinline__ void load_state(float (*s)[NN / 8][4], const float* f
 }
 __device__ __forceinline__ void store_state(float (*s)[NN / 8][4], float* to, int row0, int P, int N, const Own& own) {
     LANE
-    int r0 = row0 % PS;
-    i64 base = ((i64)(own.h0 + row0 / PS) * P + own.p0) * N;
+    int r0 = row0 % PS + g;
+    to += ((i64)(own.h0 + row0 / PS) * P + own.p0 + r0) * N + t * 2;
 #pragma unroll
     for (int m = 0; m < MT; m++)
 #pragma unroll
-        for (int j = 0; j < NN / 8; j++)
+        for (int half = 0; half < 2; half++) {
+            if (own.p0 + r0 + m * 16 + half * 8 >= P) continue;
+            float* q = to + (m * 16 + half * 8) * N;
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int p = r0 + m * 16 + g + half * 8, n = j * 8 + t * 2;
-                if (own.p0 + p >= P || n >= N) continue;
-                float* q = to + base + (i64)p * N + n;
+            for (int j = 0; j < NN / 8; j++) {
+                if (NN > 64 && N == NN || j * 8 + t * 2 < N) {
 #if VEC
-                *(float2*)q = make_float2(s[m][j][half * 2], s[m][j][half * 2 + 1]);
+                    *(float2*)(q + j * 8) = make_float2(s[m][j][half * 2], s[m][j][half * 2 + 1]);
 #else
-                q[0] = s[m][j][half * 2];
-                if (n + 1 < N) q[1] = s[m][j][half * 2 + 1];
+                    q[j * 8] = s[m][j][half * 2];
+                    if (j * 8 + t * 2 + 1 < N) q[j * 8 + 1] = s[m][j][half * 2 + 1];
 #endif
+                }
             }
-}
-// An a operand with its columns k multiplied: w at k = 2t, 2t+1, 2t+8, 2t+9.
-__device__ __forceinline__ void weigh(u32* to, const u32* a, const float* w) {
-    to[0] = pack(low(a[0]) * w[0], high(a[0]) * w[1]);
-    to[1] = pack(low(a[1]) * w[0], high(a[1]) * w[1]);
-    to[2] = pack(low(a[2]) * w[2], high(a[2]) * w[3]);
-    to[3] = pack(low(a[3]) * w[2], high(a[3]) * w[3]);
+        }
 }
 // s = decay s + (weighted rows of u)' v over the Q tokens of a tile; v lies in shared memory as [Q][NN].
 template <class W> __device__ __forceinline__ void advance(float (*s)[NN / 8][4], float decay, u32 v, const u32 (*u)[Q / 16][4], W weight) {
@@ -294,12 +310,17 @@ template <class W> __device__ __forceinline__ void advance(float (*s)[NN / 8][4]
             for (int e = 0; e < 4; e++) s[m][j][e] *= decay;
 #pragma unroll
     for (int k = 0; k < Q / 16; k++) {
-        float w[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) w[e] = weight(k * 16 + t * 2 + (e & 1) + (e >> 1) * 8);
         u32 a[MT][4];
 #pragma unroll
-        for (int m = 0; m < MT; m++) weigh(a[m], u[m][k], w);
+        for (int e = 0; e < 4; e += 2) {
+            int q = k * 16 + t * 2 + e * 4;
+            u32 w = pack(weight(q), weight(q + 1));
+#pragma unroll
+            for (int m = 0; m < MT; m++) {
+                a[m][e] = times(u[m][k][e], w);
+                a[m][e + 1] = times(u[m][k][e + 1], w);
+            }
+        }
 #pragma unroll
         for (int j = 0; j < NN / 16; j++) {
             u32 b[4];
@@ -315,7 +336,7 @@ template <class W> __device__ __forceinline__ void advance(float (*s)[NN / 8][4]
 // The states alone. Forward: u = x, v = b, tiles in order. Back: u = dy, v = c, tiles in reverse, and what is carried is the gradient of
 // the state. Each part of the chunks starts from init[B][parts][H][P][N] (or zero); out[B][tiles][H][rows][NN] gets the state before each
 // tile, fin[B][parts][H][P][N] the last one and total[B][parts][H] the product of the decays. Grid (heads and slices, parts, B).
-template <bool BACK> __device__ __forceinline__ void walk(const bf16* u, const bf16* v, const float* dts, const float* cum, const int* first, const float* init, float* fin, float* total, bf16* out, int T, int H, int P, int G, int N, int chunk, int part_chunks, int rows) {
+template <bool BACK> __device__ __forceinline__ void walk(const bf16* u, const bf16* v, const float* cum, const float* key, const int* first, const float* init, float* fin, float* total, bf16* out, int T, int H, int P, int G, int N, int chunk, int part_chunks, int rows) {
     DYNAMIC_SHARED(shared);
     LANE
     Own own(H, P, G);
@@ -335,7 +356,7 @@ template <bool BACK> __device__ __forceinline__ void walk(const bf16* u, const b
         fetch<NN, Q, NN, WALKERS>(base + s * (V + U), 0, v + (row * G + own.group) * N, (i64)G * N, len, N);
 #pragma unroll
         for (int h = 0; h < HEADS; h++) fetch<R, Q, PS, WALKERS>(base + s * (V + U) + V, h * PS, u + (row * H + own.h0 + h) * P + own.p0, (i64)H * P, len, P - own.p0);
-        fetch_scalars(scalars + s, dts, cum, first, b, own.h0, H, tiles, k);
+        fetch_scalars(scalars + s, cum, key, first, b, own.h0, H, tiles, k);
     };
     int row0 = warp * MT * 16, head = row0 / PS;
     float s[MT][NN / 8][4], product = 1;
@@ -357,15 +378,18 @@ template <bool BACK> __device__ __forceinline__ void walk(const bf16* u, const b
                     for (int half = 0; half < 2; half++) sts32(stage_out + tile<NN>(row0 + m * 16 + g + half * 8, j * 8 + t * 2), pack(s[m][j][half * 2], s[m][j][half * 2 + 1]));
             __syncwarp();
             bf16* o = out + (((b * tiles + k) * H + own.h0 + head) * rows + own.p0) * NN;
-            for (int e = lane; e < MT * 16 * (NN / 8); e += 32) {
-                int r = e / (NN / 8), c = e % (NN / 8) * 8, p = row0 % PS + r;
-                uint4 w = lds128(stage_out + tile<NN>(row0 + r, c));
-                if (own.p0 + p < rows) *(uint4*)(o + (i64)p * NN + c) = w;
+            constexpr int C = NN / 8, STEP = 32 / C;
+            int c = lane % C * 8, pr = row0 % PS + lane / C;
+            o += (i64)pr * NN + c;
+#pragma unroll
+            for (int e = 0; e < MT * 16 / STEP; e++) {
+                uint4 x = lds128(stage_out + tile<NN>(row0 + lane / C + e * STEP, c));
+                if (own.p0 + pr + e * STEP < rows) *(uint4*)(o + e * STEP * NN) = x;
             }
             __syncwarp();
         }
         const Scalars& sc = scalars[st];
-        const float *cm = sc.cum[head], *dv = sc.dts[head];
+        const float *cm = sc.cum[head], *ky = sc.key[head];
         int start = sc.first[Q - 1];
         float last = cm[Q - 1], decay = start < 0 ? exp2_fast(last) : 0.f;
         product *= decay;
@@ -376,17 +400,17 @@ template <bool BACK> __device__ __forceinline__ void walk(const bf16* u, const b
             for (int kk = 0; kk < Q / 16; kk++) ldsm4t(x[m][kk], frag_a_across<R>(base + st * (V + U) + V, row0 + m * 16, kk * 16));
         advance(s, decay, base + st * (V + U), x, [&](int q) {
             if (BACK) return sc.first[q] < 0 ? exp2_fast(cm[q]) : 0.f;
-            return q >= start ? exp2_fast(last - cm[q]) * dv[q] : 0.f;
+            return q >= start ? exp2_fast(last - ky[q]) : 0.f;
         });
     }
     if (fin) store_state(s, fin + (b * parts + blockIdx.y) * H * P * N, row0, P, N, own);
     if (total && lane == 0 && own.p0 == 0 && row0 % PS == 0) total[(b * parts + blockIdx.y) * H + own.h0 + head] = product;
 }
-KERNEL __launch_bounds__(WALKERS, 2) ssd_states(const bf16* u, const bf16* v, const float* dts, const float* cum, const int* first, const float* init, float* fin, float* total, bf16* out, int T, int H, int P, int G, int N, int chunk, int part_chunks, int rows) {
-    walk<false>(u, v, dts, cum, first, init, fin, total, out, T, H, P, G, N, chunk, part_chunks, rows);
+KERNEL __launch_bounds__(WALKERS, 2) ssd_states(const bf16* u, const bf16* v, const float* cum, const float* key, const int* first, const float* init, float* fin, float* total, bf16* out, int T, int H, int P, int G, int N, int chunk, int part_chunks, int rows) {
+    walk<false>(u, v, cum, key, first, init, fin, total, out, T, H, P, G, N, chunk, part_chunks, rows);
 }
-KERNEL __launch_bounds__(WALKERS, 2) ssd_dstates(const bf16* u, const bf16* v, const float* dts, const float* cum, const int* first, const float* init, float* fin, float* total, bf16* out, int T, int H, int P, int G, int N, int chunk, int part_chunks, int rows) {
-    walk<true>(u, v, dts, cum, first, init, fin, total, out, T, H, P, G, N, chunk, part_chunks, rows);
+KERNEL __launch_bounds__(WALKERS, 2) ssd_dstates(const bf16* u, const bf16* v, const float* cum, const float* key, const int* first, const float* init, float* fin, float* total, bf16* out, int T, int H, int P, int G, int N, int chunk, int part_chunks, int rows) {
+    walk<true>(u, v, cum, key, first, init, fin, total, out, T, H, P, G, N, chunk, part_chunks, rows);
 }
 // Ends of parts become their starts: s[part] <- what comes in, in order or in reverse.
 KERNEL ssd_join(float* s, const float* total, const float* init, int B, int parts, int H, i64 PN, int back) {
@@ -409,7 +433,7 @@ __device__ __forceinline__ void block_of(int i, int& row, int& col) {
 #define TRIANGLE (Q / 16 * (Q / 16 + 1) / 2)
 // y. Each warp holds MT x 16 rows p of the state in registers and makes y' = S c' decayed + x' m', where m[q][s] = (c.b) decay dt + d at the
 // diagonal is made once a tile for each head.
-KERNEL __launch_bounds__(WALKERS, 2) ssd_tiles(const bf16* x, const bf16* b, const bf16* c, const TA5* d, const float* dts, const float* cum, const int* first, bf16* y, const float* init, float* fin, float* saved, int T, int H, int P, int G, int N, int chunk, int part_chunks) {
+KERNEL __launch_bounds__(WALKERS, 2) ssd_tiles(const bf16* x, const bf16* b, const bf16* c, const TA5* d, const float* cum, const float* key, const int* first, bf16* y, const float* init, float* fin, float* saved, int T, int H, int P, int G, int N, int chunk, int part_chunks) {
     DYNAMIC_SHARED(shared);
     LANE
     Own own(H, P, G);
@@ -429,7 +453,7 @@ KERNEL __launch_bounds__(WALKERS, 2) ssd_tiles(const bf16* x, const bf16* b, con
         fetch<NN, Q, NN, WALKERS>(base + s * (V + U), 0, b + (row * G + own.group) * N, (i64)G * N, len, N);
 #pragma unroll
         for (int h = 0; h < HEADS; h++) fetch<R, Q, PS, WALKERS>(base + s * (V + U) + V, h * PS, x + (row * H + own.h0 + h) * P + own.p0, (i64)H * P, len, P - own.p0);
-        fetch_scalars(scalars + s, dts, cum, first, bi, own.h0, H, tiles, k);
+        fetch_scalars(scalars + s, cum, key, first, bi, own.h0, H, tiles, k);
     };
     auto issue_c = [&](int k) { fetch<NN, Q, NN, WALKERS>(ctile, 0, c + ((bi * T + at.start(k)) * G + own.group) * N, (i64)G * N, at.len(k), N); };
     int row0 = warp * MT * 16, head = row0 / PS;
@@ -452,6 +476,7 @@ KERNEL __launch_bounds__(WALKERS, 2) ssd_tiles(const bf16* x, const bf16* b, con
         if (k + 1 < to) issue(k + 1);
         cp_commit();
         if (saved && k % per == 0) store_state(s, saved + (bi * chunks + k / per) * H * P * N, row0, P, N, own);
+        int start = sc.first[Q - 1];
         {
             constexpr int BW = (TRIANGLE + 3) / 4;
             float cb[BW][2][4] = {};
@@ -471,23 +496,25 @@ KERNEL __launch_bounds__(WALKERS, 2) ssd_tiles(const bf16* x, const bf16* b, con
 #pragma unroll
             for (int i = 0; i < BW; i++) {
                 if (warp + 4 * i >= TRIANGLE) continue;
+                bool whole = bq[i] != bs[i] && start < 0;
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    int q = bq[i] * 16 + g + half * 8, begin = sc.first[q];
+                    int q = bq[i] * 16 + g + half * 8, col = bs[i] * 16 + t * 2, begin = start < 0 ? 0 : sc.first[q];
 #pragma unroll
                     for (int h = 0; h < HEADS; h++) {
                         float top = sc.cum[h][q];
 #pragma unroll
                         for (int u = 0; u < 2; u++) {
-                            int col = bs[i] * 16 + u * 8 + t * 2;
-                            float m[2];
-#pragma unroll
-                            for (int e = 0; e < 2; e++) {
-                                int ss = col + e;
-                                m[e] = ss <= q && ss >= begin ? cb[i][u][half * 2 + e] * exp2_fast(top - sc.cum[h][ss]) * sc.dts[h][ss] : 0.f;
-                                if (ss == q) m[e] += skip[h];
+                            float2 ky = *(const float2*)&sc.key[h][col + u * 8];
+                            float m0 = cb[i][u][half * 2] * exp2_fast(top - ky.x), m1 = cb[i][u][half * 2 + 1] * exp2_fast(top - ky.y);
+                            if (!whole) {
+                                int ss = col + u * 8;
+                                m0 = ss <= q && ss >= begin ? m0 : 0.f;
+                                m1 = ss + 1 <= q && ss + 1 >= begin ? m1 : 0.f;
+                                if (ss == q) m0 += skip[h];
+                                if (ss + 1 == q) m1 += skip[h];
                             }
-                            sts32(mtile + h * (Q * Q * 2) + tile<Q>(q, col), pack(m[0], m[1]));
+                            sts32(mtile + h * (Q * Q * 2) + tile<Q>(q, col + u * 8), pack(m0, m1));
                         }
                     }
                 }
@@ -499,7 +526,7 @@ KERNEL __launch_bounds__(WALKERS, 2) ssd_tiles(const bf16* x, const bf16* b, con
 #pragma unroll
             for (int kk = 0; kk < Q / 16; kk++) ldsm4t(xa[m][kk], frag_a_across<R>(xtile, row0 + m * 16, kk * 16));
         __syncthreads();
-        const float *cm = sc.cum[head], *dv = sc.dts[head];
+        const float *cm = sc.cum[head], *ky = sc.key[head];
 #pragma unroll
         for (int hq = 0; hq < Q / 32; hq++) {
             float ya[MT][4][4] = {};
@@ -529,7 +556,7 @@ KERNEL __launch_bounds__(WALKERS, 2) ssd_tiles(const bf16* x, const bf16* b, con
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     int q = hq * 32 + u * 8 + t * 2 + e;
-                    float w = sc.first[q] < 0 ? exp2_fast(cm[q]) : 0.f;
+                    float w = start < 0 || sc.first[q] < 0 ? exp2_fast(cm[q]) : 0.f;
 #pragma unroll
                     for (int m = 0; m < MT; m++) {
                         ya[m][u][e] *= w;
@@ -561,14 +588,16 @@ KERNEL __launch_bounds__(WALKERS, 2) ssd_tiles(const bf16* x, const bf16* b, con
         cp_commit();
         {
             bf16* o = y + ((bi * T + at.start(k)) * H + own.h0 + head) * P + own.p0 + row0 % PS;
-            for (int e = lane; e < len * MT * 2; e += 32) {
-                int q = e / (MT * 2), p = e % (MT * 2) * 8;
-                put8(o + (i64)q * H * P + p, xtile + tile<R>(q, row0 + p), P - own.p0 - row0 % PS - p);
-            }
+            constexpr int STEP = 32 / (MT * 2);
+            int q = lane / (MT * 2), p = lane % (MT * 2) * 8, left = P - own.p0 - row0 % PS - p;
+            o += (i64)q * H * P + p;
+            u32 at_ = xtile + tile<R>(q, row0 + p);
+#pragma unroll
+            for (int e = 0; e < Q / STEP; e++, o += (i64)STEP * H * P)
+                if (q + e * STEP < len) put8(o, at_ + e * STEP * R * 2, left);
         }
-        int start = sc.first[Q - 1];
         float last = cm[Q - 1];
-        advance(s, start < 0 ? exp2_fast(last) : 0.f, btile, xa, [&](int q) { return q >= start ? exp2_fast(last - cm[q]) * dv[q] : 0.f; });
+        advance(s, start < 0 ? exp2_fast(last) : 0.f, btile, xa, [&](int q) { return q >= start ? exp2_fast(last - ky[q]) : 0.f; });
     }
     if (fin && blockIdx.y == parts - 1) store_state(s, fin + bi * H * P * N, row0, P, N, own);
 }
@@ -579,14 +608,20 @@ KERNEL __launch_bounds__(WALKERS, 2) ssd_tiles(const bf16* x, const bf16* b, con
 #define DXT (PP / DXN / 8)
 #define MB (Q / 32)
 #define NB (NN / 32)
-#define BG ((TRIANGLE + 7) / 8)
+#define EIGHTHS (2 * TRIANGLE)
+#define BG ((EIGHTHS + 7) / 8)
 // Parts of the sums over rows and columns of a tile for one head, by the warps that make them.
 struct Sums {
-    float rows[Q / 16][Q], cols[Q / 16][Q], yc[4][Q], xb[DXN][Q], through[8], dd[8];
+    float rows[Q / 8][Q], cols[Q / 16][Q], yc[4][Q], xb[DXN][Q], through[8], dd[8];
 };
 struct Steps {
     float cum[Q], dts[Q];
 };
+// Row of 16 and column of 8 of tile `i` of the lower triangle.
+__device__ __forceinline__ void eighth_of(int i, int& row, int& col) {
+    row = i < 2 ? 0 : i < 6 ? 1 : i < 12 ? 2 : 3;
+    col = i - row * (row + 1);
+}
 // All gradients of a tile, the states before it and the gradients after it being there. Grid (tiles, G splits, B): a block takes the heads of
 // its share of the group one after the other and keeps the sums of db and dc. part[B tiles][3 H]: da, ddt_bias, dd.
 KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, const bf16* b, const bf16* c, const TA5* d, const bf16* dy, const float* dts, const float* cum, const int* first, const bf16* s, const bf16* ds, bf16* dx, TR1* ddt, float* part, bf16* db, bf16* dc, float* db_part, float* dc_part, int T, int H, int P, int G, int N, int chunk, int rows, int splits, float lo, float hi) {
@@ -614,11 +649,8 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
         fetch<PP, Q, PP, GRADERS>(to, 0, x + (row * H + h) * P + p0, (i64)H * P, len, P - p0);
         fetch<PP, Q, PP, GRADERS>(to + X, 0, dy + (row * H + h) * P + p0, (i64)H * P, len, P - p0);
         i64 from = (((bi * tiles + k) * H + h) * rows + p0) * NN;
-        for (int i = threadIdx.x; i < PP * NN / 8; i += GRADERS) {
-            u32 w = tile<NN>(i / (NN / 8), i % (NN / 8) * 8);
-            cp16(to + 2 * X + w, s + from + i * 8, 16);
-            cp16(to + 2 * X + SS + w, ds + from + i * 8, 16);
-        }
+        fetch<NN, PP, NN, GRADERS, true>(to + 2 * X, 0, s + from, NN, PP, NN);
+        fetch<NN, PP, NN, GRADERS, true>(to + 2 * X + SS, 0, ds + from, NN, PP, NN);
         i64 sc = ((bi * H + h) * tiles + k) * Q;
         fetch_row<GRADERS>(steps[it & 3].cum, cum + sc, threadIdx.x);
         fetch_row<GRADERS>(steps[it & 3].dts, dts + sc, threadIdx.x ^ 128);
@@ -630,21 +662,22 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
     cp_commit();
     cp_wait<0>();
     __syncthreads();
-    // What does not depend on the head: c.b in the blocks of the triangle that this warp takes, and its part of c.
+    // What does not depend on the head: c.b in the tiles of the triangle that this warp takes, and its part of c.
     int wm = warp & 1, wn = warp >> 1, n0 = wn * (NN / 4), m0 = wm * MB * 16;
-    float cb[BG][2][4] = {}, ee[BG][2][4] = {};
+    float cb[BG][4] = {}, ee[BG][4] = {};
     u32 cw[MB][NB][2];
     int bq[BG], bs[BG];
 #pragma unroll
     for (int i = 0; i < BG; i++) {
-        block_of(warp + 8 * i < TRIANGLE ? warp + 8 * i : 0, bq[i], bs[i]);
+        eighth_of(warp + 8 * i < EIGHTHS ? warp + 8 * i : 0, bq[i], bs[i]);
 #pragma unroll
-        for (int kk = 0; kk < NN / 16; kk++) {
+        for (int kk = 0; kk < NN / 32; kk++) {
             u32 fa[4], fb[4];
-            ldsm4(fa, frag_a<NN>(base, bq[i] * 16, kk * 16));
-            ldsm4(fb, frag_b<NN>(btile, bs[i] * 16, kk * 16));
-            mma(cb[i][0], fa, fb);
-            mma(cb[i][1], fa, fb + 2);
+            ldsm4(fb, frag_b2<NN>(btile, bs[i] * 8, kk * 32));
+            ldsm4(fa, frag_a<NN>(base, bq[i] * 16, kk * 32));
+            mma(cb[i], fa, fb);
+            ldsm4(fa, frag_a<NN>(base, bq[i] * 16, kk * 32 + 16));
+            mma(cb[i], fa, fb + 2);
         }
     }
 #pragma unroll
@@ -675,7 +708,7 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
             int q = lane * E + e;
             dv[e] = st_.dts[q];
             float r = 0, l = 0, yc = 0, xo = 0;
-            for (int j = 0; j <= q / 16; j++) r += su.rows[j][q];
+            for (int j = 0; j < q / 16 * 2 + 2; j++) r += su.rows[j][q];
             for (int j = q / 16; j < Q / 16; j++) l += su.cols[j][q];
 #pragma unroll
             for (int j = 0; j < 4; j++) yc += su.yc[j][q];
@@ -735,58 +768,61 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
             if (it + 1 < n_it) issue(it + 1);
             cp_commit();
         }
-        if (it > 0 && sl == 0 && warp == ((it / slices) & 7)) finish(it - 1);
+        // The warps from 4 on have fewer tiles of the triangle.
+        if (it > 0 && sl == 0 && warp == 4 + ((it / slices) & 3)) finish(it - 1);
         const float *cm = steps[it & 3].cum, *dv = steps[it & 3].dts;
         Sums& su = sums[(it / slices) & 1];
         auto add = [&](float& to, float v) { to = sl == 0 ? v : to + v; };
         float diag = 0;
 #pragma unroll
         for (int i = 0; i < BG; i++) {
-            if (warp + 8 * i >= TRIANGLE) continue;
-            float dm[2][4] = {};
+            if (warp + 8 * i >= EIGHTHS) continue;
+            float dm[4] = {};
 #pragma unroll
-            for (int kk = 0; kk < PP / 16; kk++) {
+            for (int kk = 0; kk < PP / 32; kk++) {
                 u32 fa[4], fb[4];
-                ldsm4(fa, frag_a<PP>(dyt, bq[i] * 16, kk * 16));
-                ldsm4(fb, frag_b<PP>(xt, bs[i] * 16, kk * 16));
-                mma(dm[0], fa, fb);
-                mma(dm[1], fa, fb + 2);
+                ldsm4(fb, frag_b2<PP>(xt, bs[i] * 8, kk * 32));
+                ldsm4(fa, frag_a<PP>(dyt, bq[i] * 16, kk * 32));
+                mma(dm, fa, fb);
+                ldsm4(fa, frag_a<PP>(dyt, bq[i] * 16, kk * 32 + 16));
+                mma(dm, fa, fb + 2);
             }
-            float cs[2][2] = {};
+            int col = bs[i] * 8 + t * 2;
+            float2 cs = {0.f, 0.f}, bottom = *(const float2*)&cm[col], dt_ = *(const float2*)&dv[col];
+            bool whole = bs[i] < 2 * bq[i] && start < 0;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                int q = bq[i] * 16 + g + half * 8, from = begin[q];
-                float top = cm[q], rs = 0;
-#pragma unroll
-                for (int u = 0; u < 2; u++) {
-                    float m[2];
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        int ss = bs[i] * 16 + u * 8 + t * 2 + e, w = half * 2 + e;
-                        float l = ss <= q && ss >= from ? exp2_fast(top - cm[ss]) : 0.f, r = dm[u][w] * l;
-                        m[e] = l * cb[i][u][w];
-                        ee[i][u][w] += r * dv[ss];
-                        r *= cb[i][u][w];
-                        rs += r * dv[ss];
-                        cs[u][e] += r;
-                        if (ss == q) diag += dm[u][w];
-                    }
-                    sts32(mtile + tile<Q>(q, bs[i] * 16 + u * 8 + t * 2), pack(m[0], m[1]));
+                int q = bq[i] * 16 + g + half * 8;
+                float top = cm[q], l0 = exp2_fast(top - bottom.x), l1 = exp2_fast(top - bottom.y);
+                if (!whole) {
+                    int from = start < 0 ? 0 : begin[q];
+                    l0 = col <= q && col >= from ? l0 : 0.f;
+                    l1 = col + 1 <= q && col + 1 >= from ? l1 : 0.f;
+                    if (col == q) diag += dm[half * 2];
+                    if (col + 1 == q) diag += dm[half * 2 + 1];
                 }
+                float r0 = dm[half * 2] * l0, r1 = dm[half * 2 + 1] * l1;
+                ee[i][half * 2] += r0 * dt_.x;
+                ee[i][half * 2 + 1] += r1 * dt_.y;
+                r0 *= cb[i][half * 2];
+                r1 *= cb[i][half * 2 + 1];
+                cs.x += r0;
+                cs.y += r1;
+                sts32(mtile + tile<Q>(q, col), pack(l0 * cb[i][half * 2], l1 * cb[i][half * 2 + 1]));
+                float rs = r0 * dt_.x + r1 * dt_.y;
                 rs += __shfl_xor_sync(FULL, rs, 1);
                 rs += __shfl_xor_sync(FULL, rs, 2);
                 if (t == 0) add(su.rows[bs[i]][q], rs);
             }
 #pragma unroll
-            for (int u = 0; u < 2; u++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    float v = cs[u][e];
-                    v += __shfl_xor_sync(FULL, v, 4);
-                    v += __shfl_xor_sync(FULL, v, 8);
-                    v += __shfl_xor_sync(FULL, v, 16);
-                    if (g == 0) add(su.cols[bq[i]][bs[i] * 16 + u * 8 + t * 2 + e], v);
-                }
+            for (int m = 4; m < 32; m <<= 1) {
+                cs.x += __shfl_xor_sync(FULL, cs.x, m);
+                cs.y += __shfl_xor_sync(FULL, cs.y, m);
+            }
+            if (g == 0) {
+                add(su.cols[bq[i]][col], cs.x);
+                add(su.cols[bq[i]][col + 1], cs.y);
+            }
         }
         diag = warp_sum(diag);
         if (lane == 0) add(su.dd[warp], diag);
@@ -855,14 +891,16 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
         }
         {
             // dc += decay dy S, db += (decay dt x) dS: rows m0.., columns n0...
-            float th[MB][NB][4] = {}, across = 0, wq[MB][2], ws[MB][2];
+            float th[MB][NB][4] = {}, across = 0, wq[MB][2];
+            u32 ws[MB][2];
 #pragma unroll
             for (int m = 0; m < MB; m++)
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     int q = m0 + m * 16 + g + half * 8;
                     wq[m][half] = begin[q] < 0 ? exp2_fast(cm[q]) : 0.f;
-                    ws[m][half] = q >= start ? exp2_fast(last - cm[q]) * dv[q] : 0.f;
+                    float w = q >= start ? exp2_fast(last - cm[q]) * dv[q] : 0.f;
+                    ws[m][half] = pack(w, w);
                 }
 #pragma unroll
             for (int kk = 0; kk < PP / 16; kk++) {
@@ -872,7 +910,7 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
                     ldsm4(fy[m], frag_a<PP>(dyt, m0 + m * 16, kk * 16));
                     ldsm4(fx[m], frag_a<PP>(xt, m0 + m * 16, kk * 16));
 #pragma unroll
-                    for (int e = 0; e < 4; e++) fx[m][e] = pack(low(fx[m][e]) * ws[m][e & 1], high(fx[m][e]) * ws[m][e & 1]);
+                    for (int e = 0; e < 4; e++) fx[m][e] = times(fx[m][e], ws[m][e & 1]);
                 }
 #pragma unroll
                 for (int u = 0; u < NB / 2; u++) {
@@ -921,11 +959,9 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
     // Within the tile: dc += e b, db += e' c, with e summed over the heads.
 #pragma unroll
     for (int i = 0; i < BG; i++)
-        if (warp + 8 * i < TRIANGLE)
+        if (warp + 8 * i < EIGHTHS)
 #pragma unroll
-            for (int half = 0; half < 2; half++)
-#pragma unroll
-                for (int u = 0; u < 2; u++) sts32(mtile + tile<Q>(bq[i] * 16 + g + half * 8, bs[i] * 16 + u * 8 + t * 2), pack(ee[i][u][half * 2], ee[i][u][half * 2 + 1]));
+            for (int half = 0; half < 2; half++) sts32(mtile + tile<Q>(bq[i] * 16 + g + half * 8, bs[i] * 8 + t * 2), pack(ee[i][half * 2], ee[i][half * 2 + 1]));
     fetch_c();
     cp_commit();
     cp_wait<0>();

@@ -271,6 +271,7 @@ struct Tiled {
 struct Steps {
     dts: Tensor,
     cum: Tensor,
+    key: Tensor,
     first: Tensor,
 }
 
@@ -349,13 +350,14 @@ impl Tiled {
         let steps = Steps {
             dts: r.scratch(DType::F32, tiles * s.h * self.q),
             cum: r.scratch(DType::F32, tiles * s.h * self.q),
+            key: r.scratch(DType::F32, tiles * s.h * self.q),
             first: r.scratch(DType::I32, tiles * self.q),
         };
         r.launch(
             ("ssd", "ssd_prepare"),
             self.defines.clone(),
-            [(tiles * s.h).div_ceil(64), 1, 1],
-            64,
+            [s.h.div_ceil(32), self.tiles, s.b],
+            128,
             vec![
                 a.arg(1).into(),
                 a.arg(2).into(),
@@ -363,8 +365,8 @@ impl Tiled {
                 a.arg(7).into(),
                 (&steps.dts).into(),
                 (&steps.cum).into(),
+                (&steps.key).into(),
                 (&steps.first).into(),
-                int(s.b),
                 int(s.t),
                 int(s.h),
                 int(self.chunk),
@@ -377,7 +379,7 @@ impl Tiled {
         steps
     }
 
-    /// Bytes of cum, dts and first of a walk.
+    /// Bytes of cum, key and first of a walk.
     fn scalars(&self) -> usize {
         (2 * self.heads + 1) * self.q * 4
     }
@@ -395,7 +397,7 @@ impl Tiled {
         let block_rows = self.heads * self.ps;
         let tile = (self.nn + block_rows) * self.q * 2;
         let shared = 2 * (tile + self.scalars()) + block_rows * self.nn * 2;
-        let mut params: Vec<Param> = [u, v, &steps.dts, &steps.cum, &steps.first]
+        let mut params: Vec<Param> = [u, v, &steps.cum, &steps.key, &steps.first]
             .into_iter()
             .chain(states)
             .map(Param::from)
@@ -468,8 +470,8 @@ impl Tiled {
             b.into(),
             a.arg(4).into(),
             a.arg(5).into(),
-            (&steps.dts).into(),
             (&steps.cum).into(),
+            (&steps.key).into(),
             (&steps.first).into(),
             a.res(0).into(),
             (&start).into(),
@@ -517,7 +519,7 @@ impl Tiled {
         let (token, state) = (self.q * self.slice * 2, self.slice * self.nn * 2);
         let stage = 2 * (token + state);
         let m_tiles = self.q / 16;
-        let sums = ((2 * m_tiles + 4 + 8 / m_tiles) * self.q + 16) * 4;
+        let sums = ((3 * m_tiles + 4 + 8 / m_tiles) * self.q + 16) * 4;
         let fixed = (self.nn + self.q) * self.q * 2 + token + (8 + 1) * self.q * 4 + 2 * sums;
         let stages = if fixed + 2 * stage <= r.target().shared {
             2
