@@ -12,8 +12,8 @@ const RUN_BWD: usize = 128;
 
 /// Neighbouring channels of a thread: `most` where rows and addresses allow whole loads.
 fn channels(i: usize, most: usize, tensors: &[&Tensor]) -> usize {
-    let aligned = |t: &&Tensor| t.ptr % 16 == 0;
-    match i % 8 == 0 && tensors.iter().all(aligned) {
+    let aligned = |t: &&Tensor| t.ptr.is_multiple_of(16);
+    match i.is_multiple_of(8) && tensors.iter().all(aligned) {
         true => most,
         false => 1,
     }

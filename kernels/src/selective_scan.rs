@@ -1,42 +1,175 @@
-//! Launches of the Mamba-1 scan. Backward, the gradients of b and c add atomically: their last bits differ from run to run.
+//! Launches of the Mamba-1 scan: two lanes share two channels, 128 channels a block. With few channels time is split into parts: states of
+//! the parts, their joining, then outputs. Backward goes over short runs in reverse, states made again from the saved ones; all sums are
+//! in a fixed order.
 
-use crate::record::{Args, DType, Recorder, define, int};
+use crate::record::{Args, DType, Param, Recorder, THREADS, Tensor, define, flag, int, long, over};
 use crate::reduce::sum_parts;
 
 /// Threads of a block: channels.
-const CHANNELS: usize = 64;
+const CHANNELS: usize = 128;
 
-fn grid(a: &Args) -> [usize; 3] {
-    let (x, g) = (a.arg(0), a.arg(3).size(2).max(1));
-    [(x.size(2) / g).div_ceil(CHANNELS), g, x.size(0)]
+/// Tokens of a tile forward and how many tiles are in flight; tokens that backward keeps in registers.
+const TILE: usize = 16;
+const DEEP: usize = 3;
+const SUB: usize = 8;
+
+/// Tokens whose steps are made together forward.
+const BATCH: usize = 4;
+
+/// Shared memory of a block that every architecture has.
+const SHARED: usize = 99 << 10;
+
+/// Blocks that fill a large device once: two on each of 132 multiprocessors.
+const FULL: usize = 264;
+
+struct Shape {
+    b: usize,
+    t: usize,
+    i: usize,
+    g: usize,
+    n: usize,
+    /// Blocks of a group.
+    blocks: usize,
+    /// Padded states of a lane for one channel.
+    half: usize,
+    defines: Vec<(String, String)>,
+}
+
+impl Shape {
+    fn of(a: &Args, chunk: usize, whole: &[&Tensor]) -> Shape {
+        let (x, g, n) = (a.arg(0), a.arg(3).size(2).max(1), a.arg(2).size(1));
+        let per = x.size(2) / g;
+        let aligned = |t: &&Tensor| t.ptr.is_multiple_of(16);
+        let vector = per.is_multiple_of(8) && whole.iter().all(aligned);
+        let mut defines = a.types();
+        defines.retain(|(name, _)| name.starts_with("TA") || name == "TR0" || name == "TR1");
+        defines.extend([
+            define("STATES", n),
+            define("VEC", u8::from(vector)),
+            define("EVEN", u8::from(chunk.is_multiple_of(BATCH))),
+        ]);
+        Shape {
+            b: x.size(0),
+            t: x.size(1),
+            i: x.size(2),
+            g,
+            n,
+            blocks: per.div_ceil(CHANNELS),
+            half: n.div_ceil(2).next_multiple_of(4),
+            defines,
+        }
+    }
+
+    fn sizes(&self, chunk: usize) -> [Param; 4] {
+        [int(self.t), int(self.i), int(self.g), int(chunk)]
+    }
+
+    /// Shared memory of a forward block that reads these.
+    fn shared(&self, read: &[&Tensor]) -> usize {
+        let element: usize = read.iter().map(|t| t.dtype.bytes()).sum();
+        DEEP * TILE * CHANNELS * element + 2 * TILE * 4 * self.half * 4
+    }
+}
+
+/// The states alone: from `starts` (of each part, or absent), where parts end, the sum of their steps, and states every `fine` tokens.
+fn states(
+    r: &mut Recorder,
+    a: &Args,
+    s: &Shape,
+    (chunk, part, fine): (usize, usize, usize),
+    [starts, ends, total, saved]: [&Tensor; 4],
+) {
+    let (x, dt) = (a.arg(0), a.arg(1));
+    let parts = s.t.div_ceil(part);
+    let mut params: Vec<Param> = [
+        x,
+        dt,
+        a.arg(2),
+        a.arg(3),
+        a.arg(4),
+        a.arg(6),
+        a.arg(8),
+        starts,
+    ]
+    .into_iter()
+    .map(Param::from)
+    .collect();
+    params.push(int(2));
+    params.extend([ends, total, saved].map(Param::from));
+    params.extend(s.sizes(chunk));
+    params.extend([int(part), int(fine)]);
+    r.launch_shared(
+        ("selective_scan", "scan_states"),
+        s.defines.clone(),
+        [s.blocks, s.g * parts, s.b],
+        CHANNELS,
+        s.shared(&[x, dt]),
+        params,
+    );
 }
 
 /// `y`, then `state` or `saved`, of `x, dt, a, b, c, d?, dt_bias?, z?, pos?, state?`.
 pub fn selective_scan(r: &mut Recorder, a: &Args, chunk: usize) {
-    let x = a.arg(0);
-    let carried = a.arg(9).is_present();
-    let absent = crate::Tensor::ABSENT;
-    let (state, saved) = match carried {
+    let (x, dt, z) = (a.arg(0), a.arg(1), a.arg(7));
+    let absent = Tensor::ABSENT;
+    let (state, saved) = match a.arg(9).is_present() {
         true => (a.res(1), &absent),
         false => (&absent, a.res(1)),
     };
-    let mut defines = a.types();
-    defines.push(define("STATES", a.arg(2).size(1)));
-    let mut params: Vec<crate::Param> = (0..9).map(|i| a.arg(i).into()).collect();
+    let s = Shape::of(a, chunk, &[x, dt, z]);
+    let blocks = s.blocks * s.g * s.b;
+    let chunks = s.t.div_ceil(chunk);
+    let parts = match blocks {
+        0 | 132.. => 1,
+        _ => (FULL / blocks).clamp(1, chunks.max(1)),
+    };
+    let part = chunks.div_ceil(parts).max(1) * chunk;
+    let parts = s.t.div_ceil(part);
+    let mut starts = state.clone();
+    if parts > 1 {
+        let ends = r.scratch(DType::F32, s.b * parts * s.i * s.n);
+        let total = r.scratch(DType::F32, s.b * parts * s.i);
+        let to = [&absent, &ends, &total, &absent];
+        states(r, a, &s, (chunk, part, chunk), to);
+        r.launch(
+            ("selective_scan", "scan_join"),
+            s.defines.clone(),
+            over(s.b * s.i * s.n),
+            THREADS,
+            vec![
+                (&ends).into(),
+                (&total).into(),
+                a.arg(2).into(),
+                state.into(),
+                int(s.b),
+                int(parts),
+                long(s.i),
+                flag(false),
+            ],
+        );
+        starts = ends;
+    }
+    let mut params: Vec<Param> = (0..9).map(|i| a.arg(i).into()).collect();
     params.extend([
+        (&starts).into(),
+        int(parts),
         state.into(),
         a.res(0).into(),
         saved.into(),
-        int(x.size(1)),
-        int(x.size(2)),
-        int(a.arg(3).size(2)),
-        int(chunk),
     ]);
-    r.launch(
+    params.extend(s.sizes(chunk));
+    params.push(int(part));
+    let read: &[&Tensor] = if z.is_present() {
+        &[x, dt, z]
+    } else {
+        &[x, dt]
+    };
+    r.launch_shared(
         ("selective_scan", "scan_fwd"),
-        defines,
-        grid(a),
+        s.defines.clone(),
+        [s.blocks, s.g * parts, s.b],
         CHANNELS,
+        s.shared(read),
         params,
     );
 }
@@ -44,53 +177,85 @@ pub fn selective_scan(r: &mut Recorder, a: &Args, chunk: usize) {
 /// `dx, ddt, da, db, dc`, then `dd, ddt_bias, dz` where their arguments are present, of
 /// `x, dt, a, b, c, d?, dt_bias?, z?, pos?, saved, dy`.
 pub fn selective_scan_bwd(r: &mut Recorder, a: &Args, chunk: usize) {
-    let (x, n) = (a.arg(0), a.arg(2).size(1));
-    let (bs, t, i) = (x.size(0), x.size(1), x.size(2));
+    let (x, dt, z, dy) = (a.arg(0), a.arg(1), a.arg(7), a.arg(10));
     let mut next = 5;
     let mut optional = |slot: usize| match a.arg(slot).is_present() {
         true => {
             next += 1;
             a.res(next - 1).clone()
         }
-        false => crate::Tensor::ABSENT,
+        false => Tensor::ABSENT,
     };
     let (dd, ddt_bias, dz) = (optional(5), optional(6), optional(7));
-    let (db, dc) = (r.sums_of(a.res(3)), r.sums_of(a.res(4)));
-    let hist = r.scratch(DType::F32, chunk.min(t) * n * bs * i);
-    let stride = i * (n + 2);
-    let mut part = r.scratch(DType::F32, bs * stride);
-    part.dims = vec![bs, stride];
-    let mut defines = a.types();
-    defines.retain(|(name, _)| name.starts_with("TA") || name == "TR0" || name == "TR1");
-    defines.push(define("STATES", n));
-    let mut params: Vec<crate::Param> = (0..11).map(|k| a.arg(k).into()).collect();
+    let mut s = Shape::of(a, chunk, &[x, dt, z, dy]);
+    // Runs as long as shared memory allows.
+    let bytes = |t: &Tensor| CHANNELS * t.dtype.bytes();
+    let shared = |run: usize| {
+        let kept = (run / SUB - 2) * s.half * 8 * CHANNELS;
+        let narrow = (run + CHANNELS / 32 * SUB) * 4 * s.half * 4;
+        kept + narrow + run * (bytes(x) + bytes(dt)) + SUB * (bytes(dy) + bytes(z))
+    };
+    let run = [64, 32].into_iter().find(|&run| shared(run) <= SHARED);
+    let run = run.unwrap_or(TILE);
+    let (shared, fine) = (shared(run), run.min(chunk));
+    s.defines.push(define("FINE", run));
+    let absent = Tensor::ABSENT;
+    let mut saved = a.arg(9).clone();
+    if fine < chunk {
+        let runs = s.t.div_ceil(chunk) * chunk.div_ceil(fine);
+        saved = r.scratch(DType::F32, s.b * runs * s.i * s.n);
+        let to = [a.arg(9), &absent, &absent, &saved];
+        states(r, a, &s, (chunk, chunk, fine), to);
+    }
+    let rows = s.b * s.t * s.g;
+    let narrow = r.scratch(DType::F32, s.blocks * rows * 2 * s.n);
+    let stride = s.i * (s.n + 2);
+    let mut part = r.scratch(DType::F32, s.b * stride);
+    part.dims = vec![s.b, stride];
+    let mut params: Vec<Param> = (0..9).map(|k| a.arg(k).into()).collect();
     params.extend([
+        (&saved).into(),
+        dy.into(),
         a.res(0).into(),
         a.res(1).into(),
-        (&db).into(),
-        (&dc).into(),
         (&dz).into(),
-        (&hist).into(),
+        (&narrow).into(),
         (&part).into(),
-        int(t),
-        int(i),
-        int(a.arg(3).size(2)),
-        int(chunk),
     ]);
-    r.launch(
+    params.extend(s.sizes(chunk));
+    params.push(int(fine));
+    r.launch_shared(
         ("selective_scan", "scan_bwd"),
-        defines,
-        grid(a),
+        s.defines.clone(),
+        [s.blocks, s.g, s.b],
         CHANNELS,
+        shared,
         params,
     );
-    r.settle(&db, a.res(3));
-    r.settle(&dc, a.res(4));
-    sum_parts(r, &part, 0, bs, i * n, a.res(2));
+    let (db, dc) = (a.res(3), a.res(4));
+    let mut defines = s.defines.clone();
+    defines.extend(crate::record::types(&[
+        ("TR3", db.dtype),
+        ("TR4", dc.dtype),
+    ]));
+    r.launch(
+        ("selective_scan", "scan_narrow"),
+        defines,
+        over(rows * 2 * s.n),
+        THREADS,
+        vec![
+            (&narrow).into(),
+            db.into(),
+            dc.into(),
+            int(s.blocks),
+            long(rows),
+        ],
+    );
+    sum_parts(r, &part, 0, s.b, s.i * s.n, a.res(2));
     if dd.is_present() {
-        sum_parts(r, &part, i * n, bs, i, &dd);
+        sum_parts(r, &part, s.i * s.n, s.b, s.i, &dd);
     }
     if ddt_bias.is_present() {
-        sum_parts(r, &part, i * (n + 1), bs, i, &ddt_bias);
+        sum_parts(r, &part, s.i * (s.n + 1), s.b, s.i, &ddt_bias);
     }
 }

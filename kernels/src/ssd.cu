@@ -174,7 +174,7 @@ KERNEL ssd_prepare(const TA1* dt, const TA2* a, const TA6* dt_bias, const int* p
     float before = 0;
     for (int i = 0; i < part; i++) before += ends[i][threadIdx.x % SPAN];
     if (on) {
-        i64 out = ((b * H + h) * tiles + k) * Q + part * M;
+        i64 out = ((b * tiles + k) * H + h) * Q + part * M;
 #pragma unroll
         for (int i = 0; i < M; i += 4) {
             float e[4], l[4];
@@ -255,7 +255,7 @@ struct Scalars {
 __device__ __forceinline__ void fetch_scalars(Scalars* to, const float* cum, const float* key, const int* first, i64 b, int h0, int H, int tiles, int k) {
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
-        i64 at = ((b * H + h0 + h) * tiles + k) * Q;
+        i64 at = ((b * tiles + k) * H + h0 + h) * Q;
         fetch_row<WALKERS>(to->cum[h], cum + at, threadIdx.x);
         fetch_row<WALKERS>(to->key[h], key + at, threadIdx.x);
     }
@@ -478,11 +478,11 @@ KERNEL __launch_bounds__(WALKERS, 2) ssd_tiles(const bf16* x, const bf16* b, con
         if (saved && k % per == 0) store_state(s, saved + (bi * chunks + k / per) * H * P * N, row0, P, N, own);
         int start = sc.first[Q - 1];
         {
-            constexpr int BW = (TRIANGLE + 3) / 4;
+            constexpr int WARPS = WALKERS / 32, BW = (TRIANGLE + WARPS - 1) / WARPS;
             float cb[BW][2][4] = {};
             int bq[BW], bs[BW];
 #pragma unroll
-            for (int i = 0; i < BW; i++) block_of(warp + 4 * i < TRIANGLE ? warp + 4 * i : 0, bq[i], bs[i]);
+            for (int i = 0; i < BW; i++) block_of(warp + WARPS * i < TRIANGLE ? warp + WARPS * i : 0, bq[i], bs[i]);
 #pragma unroll
             for (int kk = 0; kk < NN / 16; kk++)
 #pragma unroll
@@ -495,7 +495,7 @@ KERNEL __launch_bounds__(WALKERS, 2) ssd_tiles(const bf16* x, const bf16* b, con
                 }
 #pragma unroll
             for (int i = 0; i < BW; i++) {
-                if (warp + 4 * i >= TRIANGLE) continue;
+                if (warp + WARPS * i >= TRIANGLE) continue;
                 bool whole = bq[i] != bs[i] && start < 0;
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
@@ -603,16 +603,18 @@ KERNEL __launch_bounds__(WALKERS, 2) ssd_tiles(const bf16* x, const bf16* b, con
 }
 #if GRADS
 #define GRADERS 256
+#define GW (GRADERS / 32)
 #define DXM (Q / 16)
-#define DXN (8 / DXM)
+#define DXN (GW / DXM)
+#define WM (GW / 4)
 #define DXT (PP / DXN / 8)
-#define MB (Q / 32)
+#define MB (Q / 16 / WM)
 #define NB (NN / 32)
 #define EIGHTHS (2 * TRIANGLE)
-#define BG ((EIGHTHS + 7) / 8)
+#define BG ((EIGHTHS + GW - 1) / GW)
 // Parts of the sums over rows and columns of a tile for one head, by the warps that make them.
 struct Sums {
-    float rows[Q / 8][Q], cols[Q / 16][Q], yc[4][Q], xb[DXN][Q], through[8], dd[8];
+    float rows[Q / 8][Q], cols[Q / 16][Q], yc[4][Q], xb[DXN][Q], through[GW], dd[GW];
 };
 struct Steps {
     float cum[Q], dts[Q];
@@ -651,7 +653,7 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
         i64 from = (((bi * tiles + k) * H + h) * rows + p0) * NN;
         fetch<NN, PP, NN, GRADERS, true>(to + 2 * X, 0, s + from, NN, PP, NN);
         fetch<NN, PP, NN, GRADERS, true>(to + 2 * X + SS, 0, ds + from, NN, PP, NN);
-        i64 sc = ((bi * H + h) * tiles + k) * Q;
+        i64 sc = ((bi * tiles + k) * H + h) * Q;
         fetch_row<GRADERS>(steps[it & 3].cum, cum + sc, threadIdx.x);
         fetch_row<GRADERS>(steps[it & 3].dts, dts + sc, threadIdx.x ^ 128);
     };
@@ -663,13 +665,13 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
     cp_wait<0>();
     __syncthreads();
     // What does not depend on the head: c.b in the tiles of the triangle that this warp takes, and its part of c.
-    int wm = warp & 1, wn = warp >> 1, n0 = wn * (NN / 4), m0 = wm * MB * 16;
+    int wm = warp % WM, wn = warp / WM, n0 = wn * (NN / 4), m0 = wm * MB * 16;
     float cb[BG][4] = {}, ee[BG][4] = {};
     u32 cw[MB][NB][2];
     int bq[BG], bs[BG];
 #pragma unroll
     for (int i = 0; i < BG; i++) {
-        eighth_of(warp + 8 * i < EIGHTHS ? warp + 8 * i : 0, bq[i], bs[i]);
+        eighth_of(warp + GW * i < EIGHTHS ? warp + GW * i : 0, bq[i], bs[i]);
 #pragma unroll
         for (int kk = 0; kk < NN / 32; kk++) {
             u32 fa[4], fb[4];
@@ -696,7 +698,7 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
         const Sums& su = sums[(it / slices) & 1];
         float av = ld(a, h), across = 0, dd = 0, da = 0, bias = 0;
 #pragma unroll
-        for (int w = 0; w < 8; w++) {
+        for (int w = 0; w < GW; w++) {
             across += su.through[w];
             dd += su.dd[w];
         }
@@ -769,14 +771,14 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
             cp_commit();
         }
         // The warps from 4 on have fewer tiles of the triangle.
-        if (it > 0 && sl == 0 && warp == 4 + ((it / slices) & 3)) finish(it - 1);
+        if (it > 0 && sl == 0 && warp == 4 + (it / slices) % (GW - 4)) finish(it - 1);
         const float *cm = steps[it & 3].cum, *dv = steps[it & 3].dts;
         Sums& su = sums[(it / slices) & 1];
         auto add = [&](float& to, float v) { to = sl == 0 ? v : to + v; };
         float diag = 0;
 #pragma unroll
         for (int i = 0; i < BG; i++) {
-            if (warp + 8 * i >= EIGHTHS) continue;
+            if (warp + GW * i >= EIGHTHS) continue;
             float dm[4] = {};
 #pragma unroll
             for (int kk = 0; kk < PP / 32; kk++) {
@@ -924,7 +926,7 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
                         mma(gb[m][2 * u], fx[m], fd);
                         mma(gb[m][2 * u + 1], fx[m], fd + 2);
                     }
-                    if (wm == (kk & 1))
+                    if (wm == kk % WM)
 #pragma unroll
                         for (int e = 0; e < 4; e++) across += low(fs[e]) * low(fd[e]) + high(fs[e]) * high(fd[e]);
                 }
@@ -959,7 +961,7 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
     // Within the tile: dc += e b, db += e' c, with e summed over the heads.
 #pragma unroll
     for (int i = 0; i < BG; i++)
-        if (warp + 8 * i < EIGHTHS)
+        if (warp + GW * i < EIGHTHS)
 #pragma unroll
             for (int half = 0; half < 2; half++) sts32(mtile + tile<Q>(bq[i] * 16 + g + half * 8, bs[i] * 8 + t * 2), pack(ee[i][half * 2], ee[i][half * 2 + 1]));
     fetch_c();

@@ -242,7 +242,7 @@ pub fn ssd_bwd(r: &mut Recorder, a: &Args, chunk: usize, limit: (f32, f32)) {
     }
 }
 
-/// Threads of a block that walks over tiles, and of one that makes all gradients of a tile.
+/// Threads of a block that walks over tiles, and of one that makes all gradients of a tile. Twice as many were slower.
 const WALKERS: usize = 128;
 const GRADERS: usize = 256;
 
@@ -297,7 +297,9 @@ impl Tiled {
         let slice = if s.p <= 32 && q == 64 { 32 } else { 64 };
         let rows = s.p.next_multiple_of(slice);
         let chunks = s.t.div_ceil(chunk);
-        let vector = s.p % 8 == 0 && s.n % 8 == 0 && typed.iter().all(|t| t.ptr % 16 == 0);
+        let vector = s.p.is_multiple_of(8)
+            && s.n.is_multiple_of(8)
+            && typed.iter().all(|t| t.ptr.is_multiple_of(16));
         let mut defines = a.types();
         defines.retain(|(name, _)| name.starts_with("TA") || name == "TR0" || name == "TR1");
         defines.extend([
@@ -519,7 +521,8 @@ impl Tiled {
         let (token, state) = (self.q * self.slice * 2, self.slice * self.nn * 2);
         let stage = 2 * (token + state);
         let m_tiles = self.q / 16;
-        let sums = ((3 * m_tiles + 4 + 8 / m_tiles) * self.q + 16) * 4;
+        let warps = GRADERS / 32;
+        let sums = ((3 * m_tiles + 4 + warps / m_tiles) * self.q + 2 * warps) * 4;
         let fixed = (self.nn + self.q) * self.q * 2 + token + (8 + 1) * self.q * 4 + 2 * sums;
         let stages = if fixed + 2 * stage <= r.target().shared {
             2
