@@ -34,6 +34,7 @@ pub mod verbs;
 
 pub use error::DataError;
 pub use open::{open, open_pipeline};
+pub use pipeline::loader::SkipCounts;
 
 use serde::{Deserialize, Serialize};
 
@@ -379,6 +380,11 @@ pub trait Loader: Send {
 
     /// Training tokens given so far per dataset of the mixture, in its order, by name.
     fn tokens_by_dataset(&self) -> Vec<(String, u64)> {
+        Vec::new()
+    }
+
+    /// Documents left out so far by this process, per dataset.
+    fn skip_counts(&self) -> Vec<SkipCounts> {
         Vec::new()
     }
 }

@@ -188,17 +188,24 @@ pub(super) fn size(url: &Path) -> Result<Option<u64>, DataError> {
     }
 }
 
-/// See [`super::place::list`].
+/// See [`super::place::list`]. What lies below is looked for first: some servers know folders, and take one for an object.
 pub(super) fn list(url: &Path) -> Result<Vec<PathBuf>, DataError> {
-    if size(url)?.is_some() {
-        return Ok(vec![url.into()]);
-    }
     let text = url.to_string_lossy();
-    if text.starts_with("http") {
-        return Ok(Vec::new());
+    if !text.starts_with("http") {
+        // Who may read an object need not be allowed to list; then the object itself is asked for.
+        match below(url) {
+            Ok(found) if found.is_empty() => {}
+            Ok(found) => return Ok(found),
+            Err(error) => tracing::debug!(%error, "no listing"),
+        }
     }
+    Ok(size(url)?.map(|_| url.into()).into_iter().collect())
+}
+
+/// All objects below a URL. One folder after the other: its listing names folders apart from objects, and no stream has to be driven.
+fn below(url: &Path) -> Result<Vec<PathBuf>, DataError> {
+    let text = url.to_string_lossy();
     let object = Object::at(url)?;
-    // One folder after the other: its listing names folders apart from objects, and no stream has to be driven.
     let (mut folders, mut found) = (vec![object.key.clone()], Vec::new());
     while let Some(folder) = folders.pop() {
         let listing = object.store.list_with_delimiter(Some(&folder));

@@ -428,6 +428,8 @@ pub struct PlanDataset {
     pub weight: f64,
     /// Share of tokens drawn.
     pub drawn: f64,
+    /// Documents left out over those rows: without tokens, below `min_length`, unreadable.
+    pub skipped: [u64; 3],
 }
 
 /// One worker of a plan.
@@ -463,6 +465,14 @@ impl fmt::Display for Plan {
                 d.name, d.docs, d.shards, d.valid_docs, d.weight, d.drawn
             )?;
         }
+        for d in self.datasets.iter().filter(|d| d.skipped != [0; 3]) {
+            let [empty, short, bad] = d.skipped;
+            writeln!(
+                f,
+                "  {}: left out {empty} empty, {short} short and {bad} unreadable documents",
+                d.name
+            )?;
+        }
         for w in &self.reads {
             writeln!(
                 f,
@@ -492,7 +502,7 @@ pub fn plan(run: &Run, phase: usize, workers: usize, rows: u64) -> Result<Plan, 
     }
     let mut pipeline = open_pipeline(&spec.data, spec.seq_len, run.seed, Worker::ALL)?;
     pipeline.next(rows as usize)?;
-    let drawn = pipeline.tokens_by_dataset();
+    let (drawn, skipped) = (pipeline.tokens_by_dataset(), pipeline.skip_counts());
     let total = drawn.iter().map(|d| d.1).sum::<u64>().max(1) as f64;
     let lanes = pipeline.spec().lanes;
     let phases = &pipeline.spec().phases;
@@ -509,6 +519,7 @@ pub fn plan(run: &Run, phase: usize, workers: usize, rows: u64) -> Result<Plan, 
             shards: s.shards,
             weight: phases[0].weights[i] / sum,
             drawn: drawn[i].1 as f64 / total,
+            skipped: [skipped[i].empty, skipped[i].short, skipped[i].bad],
         });
     let shared = gcd(workers as u64, u64::from(lanes)) as u32;
     let reads = (0..workers.min(64)).map(|rank| {

@@ -471,6 +471,13 @@ impl Loop<'_> {
                 .into_iter()
                 .map(|(n, v)| (format!("data/tokens/{n}"), v as f64)),
         );
+        for s in self.loaders[phase].skip_counts() {
+            for (why, n) in [("empty", s.empty), ("short", s.short), ("bad", s.bad)] {
+                if n > 0 {
+                    values.push((format!("data/skipped/{}/{why}", s.dataset), n as f64));
+                }
+            }
+        }
         for (tag, value) in &values {
             self.recorder.scalar(step, tag, *value)?;
         }

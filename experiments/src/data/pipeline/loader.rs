@@ -199,21 +199,6 @@ impl Pipeline {
         &self.shards
     }
 
-    /// Documents left out so far, per dataset.
-    pub fn skip_counts(&self) -> Vec<SkipCounts> {
-        let counts = |(d, s): (&Dataset, &Arc<Skipped>)| SkipCounts {
-            dataset: d.name.clone(),
-            empty: s.empty.load(Ordering::Relaxed),
-            short: s.short.load(Ordering::Relaxed),
-            bad: s.bad.load(Ordering::Relaxed),
-        };
-        self.datasets
-            .iter()
-            .zip(&self.skipped)
-            .map(counts)
-            .collect()
-    }
-
     /// A lane at its first row.
     pub fn lane(&self, lane: u32) -> Window {
         let stream = |i: usize| {
@@ -537,6 +522,20 @@ impl Loader for Pipeline {
         }
         rows.sort_unstable();
         Ok(rows)
+    }
+
+    fn skip_counts(&self) -> Vec<SkipCounts> {
+        let counts = |(d, s): (&Dataset, &Arc<Skipped>)| SkipCounts {
+            dataset: d.name.clone(),
+            empty: s.empty.load(Ordering::Relaxed),
+            short: s.short.load(Ordering::Relaxed),
+            bad: s.bad.load(Ordering::Relaxed),
+        };
+        self.datasets
+            .iter()
+            .zip(&self.skipped)
+            .map(counts)
+            .collect()
     }
 
     fn tokens_by_dataset(&self) -> Vec<(String, u64)> {

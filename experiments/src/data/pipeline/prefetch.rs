@@ -5,7 +5,7 @@
 //! The depth of the queue follows from measured times: as many batches as training uses up while the slowest batch of late is read, one more
 //! and at least 2, at most [`MAX_DEPTH`]. When data is slower than training on average no depth helps, and every step waits for the difference.
 
-use crate::data::{Batch, DataError, EvalSet, Loader, LoaderState, Located, Piece};
+use crate::data::{Batch, DataError, EvalSet, Loader, LoaderState, Located, Piece, SkipCounts};
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -21,6 +21,7 @@ pub struct Prefetch {
     rows: usize,
     state: LoaderState,
     tokens: Vec<(String, u64)>,
+    skipped: Vec<SkipCounts>,
     waits: u64,
     pace: Pace,
     /// When the last batch was handed out.
@@ -65,6 +66,7 @@ struct Ready {
     batch: Result<Batch, DataError>,
     state: LoaderState,
     tokens: Vec<(String, u64)>,
+    skipped: Vec<SkipCounts>,
     secs: f64,
 }
 
@@ -99,6 +101,7 @@ impl Prefetch {
             rows: 0,
             state,
             tokens,
+            skipped: Vec::new(),
             waits: 0,
             pace: Pace::default(),
             handed: None,
@@ -149,6 +152,7 @@ impl Prefetch {
                     batch,
                     state: loader.state(),
                     tokens: loader.tokens_by_dataset(),
+                    skipped: loader.skip_counts(),
                     secs,
                 };
                 drop(loader);
@@ -205,6 +209,7 @@ impl Loader for Prefetch {
             Ok(batch) => {
                 self.handed = Some(Instant::now());
                 (self.state, self.tokens) = (ready.state, ready.tokens);
+                self.skipped = ready.skipped;
                 Ok(batch)
             }
             Err(error) => {
@@ -254,6 +259,10 @@ impl Loader for Prefetch {
 
     fn tokens_by_dataset(&self) -> Vec<(String, u64)> {
         self.tokens.clone()
+    }
+
+    fn skip_counts(&self) -> Vec<SkipCounts> {
+        self.skipped.clone()
     }
 }
 
