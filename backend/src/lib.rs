@@ -77,7 +77,9 @@ pub enum BackendError {
         why: String,
     },
     /// The plan does not fit; known before anything ran.
-    #[error("out of memory: {need} bytes needed, {have} available; largest: {largest}")]
+    #[error(
+        "out of memory: {need} bytes needed, {have} available; largest: {largest}; make batch or seq_len smaller, or set recompute: Block"
+    )]
     OutOfMemory {
         /// Bytes.
         need: usize,

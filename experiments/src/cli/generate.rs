@@ -54,7 +54,7 @@ pub(super) struct GenerateArgs {
     /// A tokenizer.json [default: the checkpoint's or its run's; bytes where there is none]
     #[arg(long)]
     tokenizer: Option<PathBuf>,
-    /// auto, cpu or dfdx
+    /// auto, cpu, dfdx or cuda
     #[arg(long, default_value = "auto")]
     backend: String,
     /// Threads of the cpu backend [default: all cores]

@@ -87,7 +87,7 @@ pub(super) struct VerifyArgs {
     /// Expected tensors, laid out as tests/fixtures/hf/README.md says
     #[arg(long)]
     expected: PathBuf,
-    /// auto, cpu or dfdx
+    /// auto, cpu, dfdx or cuda
     #[arg(long, default_value = "auto")]
     backend: String,
     /// A quirk of transformers to leave off (see ARCHITECTURE.md); by default all that the numbers may carry are on

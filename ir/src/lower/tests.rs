@@ -1,7 +1,7 @@
 //! Lowerings against published parameter counts, and gradients reaching every parameter.
 
 use super::*;
-use crate::{External, differentiate};
+use crate::{DType, External, Graph, differentiate};
 use marimba_dsl::model::*;
 
 fn norm() -> Norm {
@@ -270,5 +270,59 @@ fn prefill_and_decode_share_their_states() {
     assert!(
         prefill.iter().any(|(n, _)| n == "layers.4.mixer.attn.k"),
         "{prefill:?}"
+    );
+}
+
+/// In bf16, matrices are read narrow and moved wide: the update writes each narrow parameter from its master, and everything that a
+/// step reads or writes has the type that the other graph gives it.
+#[test]
+fn narrow_parameters_have_masters() {
+    let m = zoo();
+    let options = Options {
+        compute: DType::Bf16,
+        ..Options::train(2, 20)
+    };
+    let mut train = lower(&m, &options).expect("lowers");
+    let loss = train.output("loss").expect("a loss");
+    differentiate(&mut train, loss).expect("differentiates");
+    crate::verify(&train).expect("a sound graph");
+    let config = OptimizerConfig {
+        betas: (0.9, 0.95),
+        eps: 1e-8,
+        weight_decay: 0.1,
+        clip: Some(1.0),
+    };
+    let params = params_in(&m, DType::Bf16).expect("lowers");
+    let step = update(&params, &config).expect("builds");
+    crate::verify(&step).expect("a sound graph");
+    let mut narrow = 0;
+    for p in &params {
+        let ty = |g: &Graph, word| g.find_external(word, &p.name).map(|v| g.ty(v).dtype);
+        assert_eq!(p.ty.dtype, DType::F32, "{}", p.name);
+        assert_eq!(ty(&train, "param"), Some(p.compute), "{}", p.name);
+        if !p.trainable {
+            continue;
+        }
+        assert_eq!(ty(&step, "param"), Some(p.compute), "{}", p.name);
+        assert_eq!(ty(&train, "grad"), Some(DType::F32), "{}", p.name);
+        let has_master = p.compute != DType::F32;
+        assert_eq!(
+            ty(&step, "master"),
+            has_master.then_some(DType::F32),
+            "{}",
+            p.name
+        );
+        assert!(
+            step.output(&format!("param:{}", p.name)).is_some(),
+            "{}",
+            p.name
+        );
+        narrow += usize::from(has_master);
+    }
+    // Matrices are narrow; norms, biases, routers, convolutions and decays are not.
+    assert!(
+        narrow > 10 && narrow < params.len(),
+        "{narrow} of {}",
+        params.len()
     );
 }
