@@ -6,6 +6,7 @@ pub mod cli;
 pub mod data;
 pub mod engine;
 pub mod facts;
+pub mod formats;
 pub mod generate;
 pub mod init;
 pub mod interrupt;

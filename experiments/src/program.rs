@@ -144,12 +144,33 @@ pub fn evaluation(
     batch: usize,
     seq_len: usize,
 ) -> Result<Program, CompileError> {
+    evaluation_in(model, compute, false, batch, seq_len)
+}
+
+/// [`evaluation`], with statistics of all taps (`stat:*`) when asked.
+///
+/// # Errors
+/// [`CompileError`]: a bug.
+pub fn evaluation_in(
+    model: &Model,
+    compute: DType,
+    probe: bool,
+    batch: usize,
+    seq_len: usize,
+) -> Result<Program, CompileError> {
     let options = Options {
         compute,
         router_loss: false,
         ..Options::train(batch, seq_len)
     };
-    finish(lower(model, &options)?, pass::Config::default())
+    let probe = if probe { Taps::All } else { Taps::None };
+    finish(
+        lower(model, &options)?,
+        pass::Config {
+            probe,
+            ..pass::Config::default()
+        },
+    )
 }
 
 /// Prefill of `seq_len` tokens, or decode when it is 1, with caches of `cache_len` slots.

@@ -7,6 +7,7 @@
 
 use super::NodeTime;
 use super::exec;
+use super::halves::{self, Halves};
 use super::memory::Buffer;
 use super::tensor::{Args, Cx, Results, Slot, SlotMut};
 use crate::{BackendError, HostTensor, NonFinite, Outputs};
@@ -46,14 +47,16 @@ struct Bound {
     view: bool,
     /// Values in the arena that nothing reads after this node.
     dead: Vec<Loc>,
+    /// Results stored in half precision.
+    round: Vec<(Loc, DType)>,
 }
 
 /// A graph bound to memory.
 pub(super) struct Program {
     graph: Graph,
     nodes: Vec<Bound>,
-    /// Inputs: name, type, index in `own`.
-    inputs: Vec<(String, Type, usize)>,
+    /// Inputs: name, type, index in `own`, and the format they are stored in.
+    inputs: Vec<(String, Type, usize, DType)>,
     own: Vec<Buffer>,
     outputs: Vec<(String, Loc)>,
 }
@@ -170,6 +173,11 @@ pub(super) fn shared_externals(g: &Graph) -> Vec<(String, Type)> {
         .filter(|(_, e)| is_shared(e))
         .map(|(v, e)| (format!("{}:{}", e.word(), g.value(v).name), g.ty(v).clone()))
         .collect()
+}
+
+/// Bytes that a value takes here: every element has 32 bits.
+pub(super) fn memory_bytes(ty: &Type) -> usize {
+    4 * ty.len()
 }
 
 /// Bytes of inputs and constants.
@@ -327,8 +335,8 @@ fn overlap(g: &Graph, plan: &Plan, node: &Node) -> Option<(ValueId, ValueId)> {
 }
 
 impl Program {
-    /// Binds a checked graph; `stored` are the engine's indices of [`shared_externals`].
-    pub(super) fn new(graph: Graph, plan: &Plan, stored: &[usize]) -> Self {
+    /// Binds a checked graph; `stored` are the engine's indices of [`shared_externals`], `halves` what was half precision before.
+    pub(super) fn new(graph: Graph, plan: &Plan, stored: &[usize], half: &Halves) -> Self {
         let mut bases: HashMap<ValueId, Base> = HashMap::new();
         let (mut own, mut inputs) = (Vec::new(), Vec::new());
         let mut shared = stored.iter();
@@ -348,10 +356,13 @@ impl Program {
                             for (to, &x) in buffer.f32_mut().iter_mut().zip(data) {
                                 *to = x;
                             }
+                            halves::round(half.of(v).unwrap_or(DType::F32), buffer.f32_mut());
                         }
                     }
                 } else {
-                    inputs.push((graph.value(v).name.clone(), graph.ty(v).clone(), own.len()));
+                    let ty = graph.ty(v).clone();
+                    let stored = half.of(v).unwrap_or(ty.dtype);
+                    inputs.push((graph.value(v).name.clone(), ty, own.len(), stored));
                 }
                 own.push(buffer);
                 Some(Base::Own(own.len() - 1))
@@ -393,6 +404,11 @@ impl Program {
                 result_types: node.results.iter().map(|&v| graph.ty(v).clone()).collect(),
                 view: is_view(node),
                 dead: std::mem::take(&mut dead[n]).into_iter().map(loc).collect(),
+                round: node
+                    .results
+                    .iter()
+                    .filter_map(|&v| Some((loc(v), half.of(v)?)))
+                    .collect(),
             })
             .collect();
         let outputs = graph
@@ -420,7 +436,7 @@ impl Program {
         &mut self,
         given: &[(&str, HostTensor)],
     ) -> Result<(), BackendError> {
-        for (name, ty, i) in &self.inputs {
+        for (name, ty, i, stored) in &self.inputs {
             let (_, data) =
                 given
                     .iter()
@@ -431,6 +447,7 @@ impl Program {
                         expected: ty.to_string(),
                     })?;
             copy_in(&mut self.own[*i], ty, data, name)?;
+            halves::round(*stored, self.own[*i].f32_mut());
         }
         Ok(())
     }
@@ -462,6 +479,13 @@ impl Program {
             },
             cx,
         );
+        for &(l, dtype) in &bound.round {
+            // SAFETY: the slices of the call are gone, and this is the only one now.
+            match unsafe { memories.slot_mut(l) } {
+                SlotMut::F32(x) => halves::round(dtype, x),
+                SlotMut::Taken | SlotMut::I32(_) => {}
+            }
+        }
     }
 
     /// Overwrites with NaN what nothing reads after node `i`.

@@ -15,6 +15,7 @@ mod concat;
 mod embed;
 mod exec;
 mod gated_delta;
+mod halves;
 mod linear;
 mod linear_cross_entropy;
 mod math;
@@ -42,6 +43,7 @@ mod view;
 
 use crate::{BackendError, Engine, HostTensor, NodeTime, NonFinite, Outputs, ProgramId};
 use bind::{Memories, Program};
+use halves::Halves;
 use marimba_ir::{DType, Graph, Plan, Type};
 use memory::Buffer;
 pub use memory::available_bytes;
@@ -60,6 +62,7 @@ pub struct CpuEngine {
     stored: Vec<Stored>,
     programs: Vec<Program>,
     poison: bool,
+    half_storage: bool,
 }
 
 /// Memory that outlives runs.
@@ -96,6 +99,7 @@ impl CpuEngine {
             stored: Vec::new(),
             programs: Vec::new(),
             poison: false,
+            half_storage: false,
         })
     }
 
@@ -103,6 +107,21 @@ impl CpuEngine {
     /// does not promise then computes NaN. For tests; costs a sweep over the arena.
     pub fn set_poison(&mut self, poison: bool) {
         self.poison = poison;
+    }
+
+    /// Accepts graphs with bf16 and f16 values from now on: each is stored rounded to its format (in f32 memory, so that a plan for 16 bits
+    /// is made anew), and computed with in f32. Without this such graphs are refused. For looking at what a format does to a model's
+    /// numbers; nothing gets faster.
+    pub fn set_half_storage(&mut self, on: bool) {
+        self.half_storage = on;
+    }
+
+    /// Requires an element type that this engine stores.
+    fn check_dtype(&self, ty: &Type, op: &'static str, path: &str) -> Result<(), BackendError> {
+        if self.half_storage && halves::is_half(ty.dtype) {
+            return Ok(());
+        }
+        bind::check_dtype(ty, op, path)
     }
 
     /// Runs a program as [`Engine::run`], with the time of every node in order.
@@ -185,7 +204,7 @@ impl CpuEngine {
                 self.keys.insert(key.to_string(), self.stored.len());
                 self.stored.push(Stored {
                     ty: ty.clone(),
-                    buffer: Buffer::zeroed(ty.bytes()),
+                    buffer: Buffer::zeroed(bind::memory_bytes(ty)),
                 });
                 Ok(self.stored.len() - 1)
             }
@@ -207,14 +226,23 @@ impl Engine for CpuEngine {
     }
 
     fn load(&mut self, graph: Graph, plan: Plan) -> Result<ProgramId, BackendError> {
+        let (mut graph, mut plan) = (graph, plan);
+        let externals = bind::shared_externals(&graph);
+        let halves = if self.half_storage {
+            Halves::take(&mut graph)
+        } else {
+            Halves::default()
+        };
+        if !halves.is_empty() {
+            plan = marimba_ir::plan(&graph);
+        }
         bind::check(&graph, &plan)?;
         let grows = plan.arena_bytes > self.arena.bytes();
         let arena = if grows { plan.arena_bytes } else { 0 };
-        let externals = bind::shared_externals(&graph);
         let new_bytes: usize = externals
             .iter()
             .filter(|(key, _)| !self.keys.contains_key(key))
-            .map(|(_, ty)| ty.bytes())
+            .map(|(_, ty)| bind::memory_bytes(ty))
             .sum();
         let need = arena + new_bytes + bind::own_bytes(&graph);
         let freed = if grows { self.arena.bytes() } else { 0 };
@@ -233,7 +261,8 @@ impl Engine for CpuEngine {
             .map(|(key, ty)| self.store(key, ty))
             .collect::<Result<Vec<usize>, _>>()?;
         self.arena.grow(plan.arena_bytes);
-        self.programs.push(Program::new(graph, &plan, &stored));
+        self.programs
+            .push(Program::new(graph, &plan, &stored, &halves));
         Ok(ProgramId(self.programs.len() - 1))
     }
 
@@ -260,7 +289,7 @@ impl Engine for CpuEngine {
     }
 
     fn write(&mut self, key: &str, ty: &Type, data: &HostTensor) -> Result<(), BackendError> {
-        bind::check_dtype(ty, "write", key)?;
+        self.check_dtype(ty, "write", key)?;
         if data.len() != ty.len() {
             return Err(BackendError::WrongSize {
                 name: key.to_string(),
@@ -269,7 +298,13 @@ impl Engine for CpuEngine {
             });
         }
         let i = self.store(key, ty)?;
-        bind::copy_in(&mut self.stored[i].buffer, ty, data, key)
+        let buffer = &mut self.stored[i].buffer;
+        if halves::is_half(ty.dtype) {
+            bind::copy_in(buffer, &ty.with_dtype(DType::F32), data, key)?;
+            halves::round(ty.dtype, &mut buffer.f32_mut()[..ty.len()]);
+            return Ok(());
+        }
+        bind::copy_in(buffer, ty, data, key)
     }
 
     fn read(&self, key: &str) -> Result<HostTensor, BackendError> {

@@ -64,6 +64,22 @@ impl Weights {
         }
     }
 
+    /// The resolved run that trained them, where there was one.
+    pub fn run_ron(&self) -> Option<&str> {
+        match &self.kept {
+            Kept::Native(c) => c.run_ron.as_deref(),
+            Kept::Foreign(_) => None,
+        }
+    }
+
+    /// Optimiser steps that they were trained for, where that is known.
+    pub fn step(&self) -> Option<u64> {
+        match &self.kept {
+            Kept::Native(c) => Some(c.state.step),
+            Kept::Foreign(_) => None,
+        }
+    }
+
     /// The `tokenizer.json` that made the model's tokens: the one beside the weights, or the one that its run names. `None` is bytes.
     pub fn tokenizer(&self) -> Option<PathBuf> {
         let beside = self.text_dir().join("tokenizer.json");

@@ -7,6 +7,7 @@ mod check;
 mod compare;
 pub mod data;
 mod doctor;
+mod eval;
 mod files;
 mod generate;
 mod hf;
@@ -47,6 +48,8 @@ enum Verb {
     Sweep(sweep::SweepArgs),
     /// Compare runs: a table, and a report with learning curves
     Compare(compare::CompareArgs),
+    /// Evaluate checkpoints, in several number formats side by side
+    Eval(eval::EvalArgs),
     /// Continue a prompt with a trained model
     Generate(generate::GenerateArgs),
     /// Make a checkpoint of a Hugging Face folder
@@ -136,6 +139,7 @@ pub fn main() -> ExitCode {
         Verb::Train(args) => train::run(&args),
         Verb::Sweep(args) => sweep::run(&args),
         Verb::Compare(args) => compare::run(&args),
+        Verb::Eval(args) => eval::run(&args),
         Verb::Generate(args) => generate::run(&args),
         Verb::Import(args) => hf::import(&args),
         Verb::Export(args) => hf::export(&args),

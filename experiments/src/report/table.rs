@@ -372,7 +372,7 @@ pub fn csv(c: &Comparison) -> String {
     out
 }
 
-fn quote(cell: String) -> String {
+pub(crate) fn quote(cell: String) -> String {
     if cell.contains([',', '"', '\n', '\r']) {
         format!("\"{}\"", cell.replace('"', "\"\""))
     } else {

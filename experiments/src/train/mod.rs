@@ -8,11 +8,12 @@ mod eval;
 mod run_loop;
 mod step;
 
-pub use eval::{EvalResult, evaluate};
+pub use eval::{EvalResult, Forward, evaluate, score};
 pub use run_loop::{
     Finish, Identity, LogLine, Observer, Outcome, TrainRequest, data_hash, graph_hash,
     memory_bytes, train,
 };
+pub(crate) use step::loss_inputs;
 pub use step::{StepOutcome, Trainer};
 
 use crate::checkpoint::CheckpointError;

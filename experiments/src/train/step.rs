@@ -314,7 +314,12 @@ fn write_param(
     )
 }
 
-fn loss_inputs(batch: &Batch, scale: f32, micro_batches: usize) -> Vec<(&'static str, HostTensor)> {
+/// What a training or evaluation program reads of a batch.
+pub(crate) fn loss_inputs(
+    batch: &Batch,
+    scale: f32,
+    micro_batches: usize,
+) -> Vec<(&'static str, HostTensor)> {
     vec![
         ("tokens", HostTensor::I32(batch.tokens.clone())),
         ("pos", HostTensor::I32(batch.positions.clone())),
