@@ -48,7 +48,7 @@ pub(super) struct GenerateArgs {
     /// Seed of the sampling
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Token id that ends a continuation (may be repeated) [default: the tokenizer's end of text]
+    /// Token id that ends a continuation (may be repeated) [default: the checkpoint's eos_token_id, else the tokenizer's end of text]
     #[arg(long)]
     stop: Vec<i32>,
     /// A tokenizer.json [default: the checkpoint's or its run's; bytes where there is none]
@@ -83,7 +83,10 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
     }
     let mut stop = args.stop.clone();
     if stop.is_empty() && args.ids.is_empty() {
-        stop.extend(tokenizer.eos().map(|t| t as i32));
+        stop = weights.stop_tokens()?;
+        if stop.is_empty() {
+            stop.extend(tokenizer.eos().map(|t| t as i32));
+        }
     }
     let threads = args.threads.unwrap_or_else(engine::cores);
     let mut engine = engine::open(backend_of(&args.backend)?, threads)?;
