@@ -2,7 +2,7 @@
 //! breaks: what comes is what the same files give on this machine.
 //!
 //! `cargo test -p marimba-tests --features remote --test remote`. Addresses and keys are given as the providers' own variables, which can only
-//! be set for a new process: `object_stores` starts this program again for the tests that are marked as ignored.
+//! be set for a new process: `object_stores` starts itself again for each of its parts.
 
 #![allow(clippy::unwrap_used)] // a test that cannot go on has failed
 
@@ -35,6 +35,19 @@ mod stores {
 
     /// Where the children find the files themselves.
     const ROOT: &str = "MARIMBA_TEST_ROOT";
+
+    /// Which part a child runs.
+    const PART: &str = "MARIMBA_TEST_PART";
+
+    /// What is tried in a process of its own, whose store is elsewhere each time.
+    const PARTS: [(&str, fn()); 3] = [
+        (
+            "what comes is what the files hold",
+            what_comes_is_what_the_files_hold,
+        ),
+        ("nothing there", nothing_there),
+        ("nobody answers", nobody_answers),
+    ];
 
     /// Serves the folders of `root` as buckets; to anybody, or to who has the key.
     fn serve(root: &Path, with_key: bool) -> SocketAddr {
@@ -105,15 +118,13 @@ mod stores {
         addr
     }
 
-    /// Runs an ignored test of this file in a process whose store is at `endpoint`.
-    fn child(test: &str, root: &Path, endpoint: SocketAddr) {
+    /// Runs a part in a process whose store is at `endpoint`.
+    fn child(part: fn(), root: &Path, endpoint: SocketAddr) {
+        let same = |p: &&(&str, fn())| std::ptr::fn_addr_eq(p.1, part);
+        let (name, _) = PARTS.iter().find(same).unwrap();
         let ran = Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                &format!("stores::{test}"),
-                "--ignored",
-                "--nocapture",
-            ])
+            .args(["--exact", "stores::object_stores", "--nocapture"])
+            .env(PART, name)
             .env(ROOT, root)
             .env("AWS_ACCESS_KEY_ID", "key")
             .env("AWS_SECRET_ACCESS_KEY", "secret")
@@ -124,10 +135,10 @@ mod stores {
             .output()
             .unwrap();
         let said = [ran.stdout, ran.stderr].concat();
+        let said = String::from_utf8_lossy(&said);
         assert!(
-            ran.status.success(),
-            "{test}: {}",
-            String::from_utf8_lossy(&said)
+            ran.status.success() && said.contains("1 passed"),
+            "{name}: {said}"
         );
     }
 
@@ -188,22 +199,26 @@ mod stores {
 
     #[test]
     fn object_stores() {
+        if let Ok(name) = std::env::var(PART) {
+            let (_, part) = PARTS.iter().find(|p| p.0 == name).unwrap();
+            return part();
+        }
         let dir = tempfile::tempdir().unwrap();
         fill(dir.path());
         let server = serve(dir.path(), true);
-        child("what_comes_is_what_the_files_hold", dir.path(), server);
+        child(what_comes_is_what_the_files_hold, dir.path(), server);
         child(
-            "what_comes_is_what_the_files_hold",
+            what_comes_is_what_the_files_hold,
             dir.path(),
             broken_line(server),
         );
-        child("nothing_there_and_nobody_there", dir.path(), server);
+        child(nothing_there, dir.path(), server);
         // Nobody listens on a port that was just given back.
         let gone = TcpListener::bind("127.0.0.1:0")
             .unwrap()
             .local_addr()
             .unwrap();
-        child("nobody_answers", dir.path(), gone);
+        child(nobody_answers, dir.path(), gone);
         let open_to_all = serve(dir.path(), false);
         let url = PathBuf::from(format!("http://{open_to_all}/bucket/in/a.jsonl"));
         let out = dir.path().join("from-web");
@@ -211,8 +226,6 @@ mod stores {
         assert_eq!(web.manifest().docs, 3000);
     }
 
-    #[test]
-    #[ignore = "started by object_stores, with a server"]
     fn what_comes_is_what_the_files_hold() {
         let root = PathBuf::from(std::env::var_os(ROOT).unwrap());
         let out = tempfile::tempdir().unwrap();
@@ -274,9 +287,7 @@ mod stores {
         }
     }
 
-    #[test]
-    #[ignore = "started by object_stores, with a server"]
-    fn nothing_there_and_nobody_there() {
+    fn nothing_there() {
         let out = tempfile::tempdir().unwrap();
         let said = |url: &str| {
             prepared(Path::new(url), out.path())
@@ -302,8 +313,6 @@ mod stores {
     }
 
     /// Takes a minute: the patience with a store.
-    #[test]
-    #[ignore = "started by object_stores, without a server"]
     fn nobody_answers() {
         let error = ShardDocs::open(Path::new("s3://bucket/shards"))
             .map(|_| ())

@@ -77,11 +77,16 @@ pub fn cuda_bytes<'a>(programs: impl IntoIterator<Item = (&'a Graph, &'a Plan)>)
         for v in graph.value_ids() {
             let Some(e) = graph.external(v) else { continue };
             if !is_shared(e) || seen.insert(format!("{}:{}", e.word(), graph.value(v).name)) {
-                bytes.stored += graph.ty(v).bytes().max(LEAST).next_multiple_of(LEAST);
+                bytes.stored += room(graph.ty(v));
             }
         }
     }
     bytes
+}
+
+/// What memory for a tensor takes on the device.
+fn room(ty: &Type) -> usize {
+    ty.bytes().max(LEAST).next_multiple_of(LEAST)
 }
 
 /// Scratch area of a program.
@@ -628,7 +633,7 @@ impl Engine for CudaEngine {
         let new_bytes: usize = externals
             .iter()
             .filter(|(v, e)| !is_shared(e) || !self.stored.contains_key(&key(*v, e)))
-            .map(|(v, _)| graph.ty(*v).bytes().next_multiple_of(512))
+            .map(|(v, _)| room(graph.ty(*v)))
             .sum();
         let need = grown(&self.arena, plan.arena_bytes) + grown(&self.scratch, scratch) + new_bytes;
         let have = self.device.memory()?.0
