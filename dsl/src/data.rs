@@ -194,7 +194,7 @@ documents! {
 pub struct Part {
     /// Share of tokens, relative to the other weights. Above 0.
     pub weight: f64,
-    /// The source: `Text` or `Tokens`.
+    /// The source: `Text`, `Tokens` or a synthetic task, whose examples are rows of their own between the packed ones.
     pub data: Data,
 }
 

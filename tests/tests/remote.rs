@@ -143,7 +143,7 @@ mod stores {
     }
 
     fn lines(file: usize) -> String {
-        let line = |i| {
+        let line = |i: usize| {
             format!(
                 "{{\"text\":\"file {file} line {i} {}\"}}\n",
                 "word ".repeat(i % 90)

@@ -421,14 +421,21 @@ fn mixture(cx: &Cx<'_>, at: &At, d: &mut Mixture, given: &Given) {
                 continue;
             }
             task => {
-                cx.error(
-                    &at,
-                    "data::mixed_task",
-                    format!("`{}` is not made of documents", task.kind()),
-                    "a mixture holds `Text` and `Tokens`",
-                    "train on it in a phase of its own",
-                );
-                continue;
+                if let (Some(own), Some(all)) = (own_seq_len(task), given.seq_len)
+                    && own != all
+                {
+                    let said = at.at("seq_len");
+                    let place = cx.root.find(&said.0).map_or(&at, |_| &said);
+                    cx.error(
+                        place,
+                        "data::mixed_seq_len",
+                        format!("rows of `{}` have {own} tokens", task.kind()),
+                        format!("the mixture's rows have {all}"),
+                        "leave out the task's own `seq_len`",
+                    );
+                    continue;
+                }
+                Vec::new()
             }
         };
         for name in said {

@@ -4,7 +4,7 @@
 use super::order::OrderMode;
 use super::pipeline::docs::Framing;
 use super::pipeline::prefetch::Prefetch;
-use super::pipeline::{Dataset, OnBad, Phase, Pipeline, PipelineSpec};
+use super::pipeline::{Dataset, OnBad, Phase, Pipeline, PipelineSpec, Source};
 use super::prepare::{PrepareSpec, prepare};
 use super::rng::{Rng, key};
 use super::rows::RowLoader;
@@ -256,8 +256,10 @@ fn pipeline(docs: impl Documents + 'static, spec: PipelineSpec) -> Result<Pipeli
     Pipeline::new(
         vec![Dataset {
             name: "bench".into(),
-            docs: Arc::new(docs),
-            valid_docs: 0,
+            source: Source::Documents {
+                docs: Arc::new(docs),
+                valid_docs: 0,
+            },
         }],
         spec,
         Worker::ALL,

@@ -2,9 +2,9 @@
 
 use super::pipeline::docs::Framing;
 use super::pipeline::prefetch::Prefetch;
-use super::pipeline::{Dataset, OnBad, Phase, Pipeline, PipelineSpec};
+use super::pipeline::{Dataset, OnBad, Phase, Pipeline, PipelineSpec, Source};
 use super::prepare::{PrepareSpec, cached, inputs_of};
-use super::rows::RowLoader;
+use super::rows::{RowLoader, Rows};
 use super::source::Documents;
 use super::source::files::Files;
 use super::source::format::{Columns, Format};
@@ -95,7 +95,7 @@ struct Opened {
     valid_rows: u64,
 }
 
-/// Opens data of documents: text with a tokenizer, token shards, mixtures of both.
+/// Opens data of documents: text with a tokenizer, token shards, mixtures of these and of tasks.
 ///
 /// # Errors
 /// As [`open`], and [`DataError::Parameter`] for data that is not made of documents.
@@ -120,13 +120,11 @@ pub fn open_pipeline(
         opened.push(match part {
             Data::Text(d) => open_text(d, on_bad)?,
             Data::Tokens(d) => open_tokens(d)?,
-            other => {
-                let text = format!(
-                    "{} (part {i}) is not made of documents; a mixture holds Text and Tokens",
-                    other.kind()
-                );
+            Data::Mixture(_) => {
+                let text = format!("a mixture inside a mixture (part {i}); list all sources once");
                 return Err(DataError::Parameter(text));
             }
+            task => open_task(task, seq_len, own_seed.unwrap_or(seed))?,
         });
         weights.push(weight);
     }
@@ -137,7 +135,11 @@ pub fn open_pipeline(
             one.dataset.name = format!("{}.{i}", names[i]);
         }
     }
-    let largest = opened.iter().map(|o| o.dataset.docs.n_docs()).max();
+    let n_docs = |o: &Opened| match &o.dataset.source {
+        Source::Documents { docs, .. } => docs.n_docs(),
+        Source::Rows(_) => 0,
+    };
+    let largest = opened.iter().map(n_docs).max();
     let mut phases = vec![Phase {
         start_row: 0,
         weights,
@@ -213,8 +215,7 @@ fn open_text(d: &Text, on_bad: OnBad) -> Result<Opened, DataError> {
     Ok(Opened {
         dataset: Dataset {
             name: name_of(&d.path),
-            docs,
-            valid_docs,
+            source: Source::Documents { docs, valid_docs },
         },
         vocab_size: tokenizer.vocab_size(),
         eos: tokenizer.eos(),
@@ -228,14 +229,29 @@ fn open_tokens(d: &Tokens) -> Result<Opened, DataError> {
     let valid_docs = valid_docs(docs.n_docs(), d.valid_fraction)?;
     let dataset = Dataset {
         name: name_of(&d.path),
-        docs: Arc::new(docs),
-        valid_docs,
+        source: Source::Documents {
+            docs: Arc::new(docs),
+            valid_docs,
+        },
     };
     Ok(Opened {
         dataset,
         vocab_size,
         eos,
         valid_rows: d.valid_rows,
+    })
+}
+
+fn open_task(data: &Data, seq_len: usize, seed: u64) -> Result<Opened, DataError> {
+    let task = Task::from_data(data, seq_len, seed)?;
+    Ok(Opened {
+        vocab_size: task.vocab_size(),
+        dataset: Dataset {
+            name: task.name(),
+            source: Source::Rows(Arc::new(task)),
+        },
+        eos: None,
+        valid_rows: 0,
     })
 }
 
@@ -376,20 +392,31 @@ mod tests {
         };
         assert_eq!(spec.framing, framing);
         assert_eq!((spec.phases.len(), spec.phases[1].start_row), (2, 101));
-        let synthetic = Data::Mixture(Mixture {
-            parts: vec![Part {
-                weight: 1.0,
-                data: Data::Parity(Default::default()),
-            }],
+        // Tasks among documents, twice the same one.
+        let mut with_tasks = parts();
+        for weight in [0.5, 0.5] {
+            let data = Data::Parity(Default::default());
+            with_tasks.push(Part { weight, data });
+        }
+        let with_tasks = Data::Mixture(Mixture {
+            parts: with_tasks,
             ..Mixture::default()
         });
-        assert!(
-            open(&synthetic, 7, 1, Worker::ALL)
-                .map(|_| ())
-                .expect_err("refused")
-                .to_string()
-                .contains("Parity (part 0)")
-        );
+        let mut mixed = open(&with_tasks, 7, 1, Worker::ALL).expect("opens");
+        let batch = mixed.next(400).expect("reads");
+        let names: Vec<String> = mixed.eval_sets().into_iter().map(|s| s.name).collect();
+        assert!(names.contains(&"parity.2/T7".to_owned()), "{names:?}");
+        let of = |d| {
+            batch
+                .provenance
+                .iter()
+                .filter(|p| p.pieces[0].dataset == d)
+                .count()
+        };
+        // Four lanes, each at most a row off its share.
+        for d in [2, 3] {
+            assert!(of(d).abs_diff(100) <= 4, "{} rows of {d}", of(d));
+        }
     }
 
     #[test]

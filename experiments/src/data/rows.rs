@@ -84,29 +84,45 @@ impl<R: Rows> RowLoader<R> {
     pub fn rows(&self) -> &R {
         &self.rows
     }
+}
 
-    fn batch(
-        &self,
-        split: Split,
-        seq_len: usize,
-        numbers: impl ExactSizeIterator<Item = u64>,
-    ) -> Result<Batch, DataError> {
-        let mut batch = Batch::blank(numbers.len(), seq_len);
-        for (i, row) in numbers.enumerate() {
-            self.rows.fill(split, row, batch.row_mut(i))?;
-            batch.provenance.push(RowProvenance {
-                row,
-                pieces: self.rows.pieces(split, row),
-            });
-        }
-        Ok(batch)
+fn batch(
+    rows: &(impl Rows + ?Sized),
+    split: Split,
+    seq_len: usize,
+    numbers: impl ExactSizeIterator<Item = u64>,
+) -> Result<Batch, DataError> {
+    let mut batch = Batch::blank(numbers.len(), seq_len);
+    for (i, row) in numbers.enumerate() {
+        rows.fill(split, row, batch.row_mut(i))?;
+        batch.provenance.push(RowProvenance {
+            row,
+            pieces: rows.pieces(split, row),
+        });
     }
+    Ok(batch)
+}
+
+/// Rows `start..start + n` of evaluation set `set`, which is `split`, cut at its end.
+///
+/// # Errors
+/// Whatever filling rows can fail with.
+pub fn batch_of(
+    rows: &(impl Rows + ?Sized),
+    split: Split,
+    set: &EvalSet,
+    start: u64,
+    n: usize,
+) -> Result<Batch, DataError> {
+    let n = set.rows.saturating_sub(start).min(n as u64) as usize;
+    batch(rows, split, set.seq_len, (0..n).map(|i| start + i as u64))
 }
 
 impl<R: Rows> Loader for RowLoader<R> {
     fn next(&mut self, rows: usize) -> Result<Batch, DataError> {
         let (first, step) = (self.next_row + self.worker.rank(), self.worker.world());
-        let batch = self.batch(
+        let batch = batch(
+            &self.rows,
             Split::Train,
             self.rows.seq_len(),
             (0..rows).map(|i| first + i as u64 * step),
@@ -148,12 +164,7 @@ impl<R: Rows> Loader for RowLoader<R> {
             set,
             have: sets.len(),
         })?;
-        let rows = found.rows.saturating_sub(start).min(rows as u64) as usize;
-        self.batch(
-            Split::Eval(set),
-            found.seq_len,
-            (0..rows).map(|i| start + i as u64),
-        )
+        batch_of(&self.rows, Split::Eval(set), found, start, rows)
     }
 
     fn locate(&self, piece: &Piece) -> Located {

@@ -2,8 +2,8 @@
 
 use super::open::{open, open_documents, open_pipeline};
 use super::order::{OrderMode, order};
-use super::pipeline::OnBad;
 use super::pipeline::loader::gcd;
+use super::pipeline::{OnBad, Source};
 use super::prepare::inputs_of;
 use super::source::format::{Columns, Format, Raw, stream};
 use super::source::shards::{MANIFEST, ShardDocs};
@@ -418,11 +418,11 @@ pub struct Plan {
 pub struct PlanDataset {
     /// Name.
     pub name: String,
-    /// Training documents.
-    pub docs: u64,
+    /// Training documents; `None` for a task, whose examples are computed.
+    pub docs: Option<u64>,
     /// Documents kept for validation.
     pub valid_docs: u64,
-    /// S, logical shards.
+    /// S, logical shards: 0 for a task.
     pub shards: u32,
     /// Share asked for in the first phase, of all tokens.
     pub weight: f64,
@@ -459,11 +459,15 @@ impl fmt::Display for Plan {
         }
         writeln!(f, "mixture over the first {} rows:", self.rows)?;
         for d in &self.datasets {
-            writeln!(
-                f,
-                "  {}: {} documents in {} shards, {} kept for validation, weight {:.4}, drawn {:.4}",
-                d.name, d.docs, d.shards, d.valid_docs, d.weight, d.drawn
-            )?;
+            let has = match d.docs {
+                Some(docs) => format!(
+                    "{docs} documents in {} shards, {} kept for validation",
+                    d.shards, d.valid_docs
+                ),
+                None => "computed rows".to_owned(),
+            };
+            let (name, weight, drawn) = (&d.name, d.weight, d.drawn);
+            writeln!(f, "  {name}: {has}, weight {weight:.4}, drawn {drawn:.4}")?;
         }
         for d in self.datasets.iter().filter(|d| d.skipped != [0; 3]) {
             let [empty, short, bad] = d.skipped;
@@ -514,9 +518,12 @@ pub fn plan(run: &Run, phase: usize, workers: usize, rows: u64) -> Result<Plan, 
         .enumerate()
         .map(|(i, (d, s))| PlanDataset {
             name: d.name.clone(),
-            docs: s.n_docs,
-            valid_docs: d.valid_docs,
-            shards: s.shards,
+            docs: s.map(|s| s.n_docs),
+            valid_docs: match d.source {
+                Source::Documents { valid_docs, .. } => valid_docs,
+                Source::Rows(_) => 0,
+            },
+            shards: s.map_or(0, |s| s.shards),
             weight: phases[0].weights[i] / sum,
             drawn: drawn[i].1 as f64 / total,
             skipped: [skipped[i].empty, skipped[i].short, skipped[i].bad],
@@ -527,6 +534,7 @@ pub fn plan(run: &Run, phase: usize, workers: usize, rows: u64) -> Result<Plan, 
             .filter(|l| l % shared == rank as u32 % shared)
             .collect();
         let docs = pipeline.shards().iter().map(|s| {
+            let Some(s) = s else { return 0 };
             let shards: std::collections::BTreeSet<u32> =
                 mine.iter().map(|l| l % s.shards).collect();
             shards

@@ -1,11 +1,14 @@
 //! The last stage: lanes to batches, for one worker of a fleet, and the [`Loader`] that training reads.
 
 use super::docs::{DocStream, Framing, Shards, Skipped};
-use super::mixture::{Mixture, Phase, check_phases};
-use super::pack::{Pack, RowPlan};
+use super::generated::{self, RowStream};
+use super::mixture::{Mixture, Phase, Stream, check_phases};
+use super::pack::{Pack, RowFault, RowPlan};
 use super::window::Window;
 use super::{OnBad, Stage};
 use crate::data::order::OrderMode;
+use crate::data::rows::batch_of;
+use crate::data::rows::{Rows, Split};
 use crate::data::source::Documents;
 use crate::data::{
     Batch, DataError, EvalSet, LaneState, Loader, LoaderState, Located, Metric, Piece,
@@ -22,10 +25,22 @@ use std::sync::atomic::Ordering;
 pub struct Dataset {
     /// Name for reports.
     pub name: String,
-    /// Its documents.
-    pub docs: Arc<dyn Documents>,
-    /// The last so many documents are kept for validation and never trained on.
-    pub valid_docs: u64,
+    /// What it has.
+    pub source: Source,
+}
+
+/// What a dataset has.
+#[derive(Clone)]
+pub enum Source {
+    /// Documents, packed into rows.
+    Documents {
+        /// The documents.
+        docs: Arc<dyn Documents>,
+        /// The last so many are kept for validation and never trained on.
+        valid_docs: u64,
+    },
+    /// Rows of their own, computed: a synthetic task.
+    Rows(Arc<dyn Rows>),
 }
 
 /// What decides the sequence, besides the datasets.
@@ -68,7 +83,7 @@ pub struct SkipCounts {
 pub struct Pipeline {
     datasets: Vec<Dataset>,
     names: Vec<Arc<str>>,
-    shards: Vec<Shards>,
+    shards: Vec<Option<Shards>>,
     spec: PipelineSpec,
     framing: Arc<Framing>,
     phases: Arc<[Phase]>,
@@ -78,7 +93,23 @@ pub struct Pipeline {
     worker: Worker,
     next_row: u64,
     lanes: BTreeMap<u32, Window>,
-    valid: Vec<(usize, Vec<RowPlan>)>,
+    valid: Vec<ValidSet>,
+}
+
+/// An evaluation set: of which dataset, and what is in it.
+#[derive(Clone)]
+struct ValidSet {
+    dataset: usize,
+    set: EvalSet,
+    rows: ValidRows,
+}
+
+#[derive(Clone)]
+enum ValidRows {
+    /// Rows of the dataset's kept documents.
+    Packed(Vec<RowPlan>),
+    /// An evaluation set of the dataset's own, by index.
+    Generated(usize),
 }
 
 impl Pipeline {
@@ -129,7 +160,21 @@ impl Pipeline {
         ));
         let mut shards = Vec::new();
         for (i, d) in datasets.iter().enumerate() {
-            let (have, valid) = (d.docs.n_docs(), d.valid_docs);
+            let (docs, valid) = match &d.source {
+                Source::Documents { docs, valid_docs } => (docs, *valid_docs),
+                Source::Rows(rows) => {
+                    if rows.seq_len() != seq_len {
+                        let (name, own) = (&d.name, rows.seq_len());
+                        return bad(format!(
+                            "rows of {name} have {own} tokens, the mixture's {seq_len}; expected one length"
+                        ));
+                    }
+                    digest.update(format!("{} {}", d.name, rows.fingerprint()));
+                    shards.push(None);
+                    continue;
+                }
+            };
+            let have = docs.n_docs();
             if have <= valid {
                 let why = format!(
                     "it has {have}, and {valid} are kept for validation; expected at least one more"
@@ -139,16 +184,20 @@ impl Pipeline {
                     why,
                 });
             }
-            digest.update(format!(
-                "{} {have} {valid} {}",
-                d.name,
-                d.docs.fingerprint()
-            ));
-            shards.push(Shards::new(i as u32, have - valid, lanes, order, seed));
+            digest.update(format!("{} {have} {valid} {}", d.name, docs.fingerprint()));
+            shards.push(Some(Shards::new(
+                i as u32,
+                have - valid,
+                lanes,
+                order,
+                seed,
+            )));
         }
         let mut pipeline = Self {
             names: datasets.iter().map(|d| d.name.as_str().into()).collect(),
-            parallel: datasets.iter().any(|d| d.docs.is_costly()),
+            parallel: datasets
+                .iter()
+                .any(|d| matches!(&d.source, Source::Documents { docs, .. } if docs.is_costly())),
             skipped: datasets.iter().map(|_| Arc::default()).collect(),
             framing: Arc::new(spec.framing.clone()),
             fingerprint: super::super::hex(&digest.finalize()[..16]),
@@ -194,27 +243,36 @@ impl Pipeline {
         &self.datasets
     }
 
-    /// How each dataset is spread over lanes.
-    pub fn shards(&self) -> &[Shards] {
+    /// How each dataset's documents are spread over lanes; `None` for one of computed rows, of which lane l of L has the rows l, l + L, ...
+    pub fn shards(&self) -> &[Option<Shards>] {
         &self.shards
     }
 
     /// A lane at its first row.
     pub fn lane(&self, lane: u32) -> Window {
         let stream = |i: usize| {
-            let (d, shards) = (&self.datasets[i], self.shards[i]);
-            let (framing, skipped) = (self.framing.clone(), self.skipped[i].clone());
-            DocStream::new(
-                self.names[i].clone(),
-                d.docs.clone(),
-                shards,
-                lane,
-                framing,
-                self.spec.on_bad,
-                skipped,
-            )
+            let name = self.names[i].clone();
+            match (&self.datasets[i].source, self.shards[i]) {
+                (Source::Documents { docs, .. }, Some(shards)) => {
+                    let (framing, skipped) = (self.framing.clone(), self.skipped[i].clone());
+                    Some(Stream::Documents(Box::new(DocStream::new(
+                        name,
+                        docs.clone(),
+                        shards,
+                        lane,
+                        framing,
+                        self.spec.on_bad,
+                        skipped,
+                    ))))
+                }
+                (Source::Rows(rows), _) => {
+                    let rows = RowStream::new(i as u32, name, rows.clone(), lane, self.spec.lanes);
+                    Some(Stream::Rows(rows))
+                }
+                (Source::Documents { .. }, None) => None,
+            }
         };
-        let streams = (0..self.datasets.len()).map(stream).collect();
+        let streams = (0..self.datasets.len()).filter_map(stream).collect();
         let pack = Pack::new(
             Mixture::new(streams, self.phases.clone()),
             self.spec.seq_len,
@@ -228,21 +286,38 @@ impl Pipeline {
         )
     }
 
-    /// Rows of each dataset's kept documents, in file order, packed on their own.
-    fn plan_validation(&self) -> Result<Vec<(usize, Vec<RowPlan>)>, DataError> {
+    /// Rows of each dataset's kept documents, in file order, packed on their own, and the evaluation sets of tasks.
+    fn plan_validation(&self) -> Result<Vec<ValidSet>, DataError> {
         let mut sets = Vec::new();
-        for (i, d) in self
-            .datasets
-            .iter()
-            .enumerate()
-            .filter(|(_, d)| d.valid_docs > 0 && self.spec.valid_rows > 0)
-        {
-            let first = d.docs.n_docs() - d.valid_docs;
+        for (i, d) in self.datasets.iter().enumerate() {
+            let (docs, valid_docs) = match &d.source {
+                Source::Documents { docs, valid_docs } => (docs, *valid_docs),
+                Source::Rows(rows) => {
+                    for (own, set) in rows.eval_sets().into_iter().enumerate() {
+                        // Under the dataset's name, which differs where a task is there twice.
+                        let rest = set.name.strip_prefix(&rows.name());
+                        let name = rest.map(|rest| format!("{}{rest}", d.name));
+                        sets.push(ValidSet {
+                            dataset: i,
+                            set: EvalSet {
+                                name: name.unwrap_or_else(|| format!("{}/{}", d.name, set.name)),
+                                ..set
+                            },
+                            rows: ValidRows::Generated(own),
+                        });
+                    }
+                    continue;
+                }
+            };
+            if valid_docs == 0 || self.spec.valid_rows == 0 {
+                continue;
+            }
+            let first = docs.n_docs() - valid_docs;
             let tail: Arc<dyn Documents> = Arc::new(Tail {
-                docs: d.docs.clone(),
+                docs: docs.clone(),
                 first,
             });
-            let shards = Shards::new(i as u32, d.valid_docs, 1, OrderMode::Sequential, 0);
+            let shards = Shards::new(i as u32, valid_docs, 1, OrderMode::Sequential, 0);
             let stream = DocStream::new(
                 self.names[i].clone(),
                 tail,
@@ -257,7 +332,8 @@ impl Pipeline {
                 weights: vec![1.0],
             }]
             .into();
-            let mut pack = Pack::new(Mixture::new(vec![stream], alone), self.spec.seq_len);
+            let mixture = Mixture::new(vec![Stream::Documents(Box::new(stream))], alone);
+            let mut pack = Pack::new(mixture, self.spec.seq_len);
             let mut rows = Vec::new();
             while (rows.len() as u64) < self.spec.valid_rows {
                 let row = pack.next(0)?;
@@ -277,7 +353,16 @@ impl Pipeline {
                     need,
                 });
             }
-            sets.push((i, rows));
+            sets.push(ValidSet {
+                dataset: i,
+                set: EvalSet {
+                    name: format!("valid/{}", d.name),
+                    rows: rows.len() as u64,
+                    seq_len: self.spec.seq_len,
+                    metric: Metric::Loss,
+                },
+                rows: ValidRows::Packed(rows),
+            });
         }
         Ok(sets)
     }
@@ -315,22 +400,33 @@ impl Pipeline {
     fn append(&self, plan: &RowPlan, row: u64, batch: &mut Batch) -> Result<(), DataError> {
         let vocab_size = self.framing.vocab_size;
         let pieces = plan.pieces();
-        plan.append(batch, vocab_size).map_err(|(doc, token)| {
-            let dataset = pieces
-                .iter()
-                .find(|p| p.doc == doc)
-                .map_or(0, |p| p.dataset as usize);
-            let (file, doc) = self.datasets[dataset].docs.locate(doc);
-            DataError::TokenRange {
-                path: file.into(),
-                doc,
-                token,
-                vocab_size,
-            }
-        })?;
+        plan.append(batch, vocab_size)
+            .map_err(|fault| match fault {
+                RowFault::Failed(error) => error,
+                RowFault::Outside { doc, token } => {
+                    let dataset = pieces.iter().find(|p| p.doc == doc);
+                    let (file, doc) = self.place_of(dataset.map_or(0, |p| p.dataset as usize), doc);
+                    DataError::TokenRange {
+                        path: file.into(),
+                        doc,
+                        token,
+                        vocab_size,
+                    }
+                }
+            })?;
         batch.rows += 1;
         batch.provenance.push(RowProvenance { row, pieces });
         Ok(())
+    }
+}
+
+impl Pipeline {
+    /// File, or what stands for one, and number in it.
+    fn place_of(&self, dataset: usize, doc: u64) -> (String, u64) {
+        match &self.datasets[dataset].source {
+            Source::Documents { docs, .. } => docs.locate(doc),
+            Source::Rows(rows) => (rows.file(), doc),
+        }
     }
 }
 
@@ -458,20 +554,21 @@ impl Loader for Pipeline {
     }
 
     fn eval_sets(&self) -> Vec<EvalSet> {
-        let set = |(i, rows): &(usize, Vec<RowPlan>)| EvalSet {
-            name: format!("valid/{}", self.datasets[*i].name),
-            rows: rows.len() as u64,
-            seq_len: self.spec.seq_len,
-            metric: Metric::Loss,
-        };
-        self.valid.iter().map(set).collect()
+        self.valid.iter().map(|v| v.set.clone()).collect()
     }
 
     fn eval_batch(&self, set: usize, start: u64, rows: usize) -> Result<Batch, DataError> {
-        let (_, plans) = self.valid.get(set).ok_or(DataError::NoSuchEvalSet {
+        let valid = self.valid.get(set).ok_or(DataError::NoSuchEvalSet {
             set,
             have: self.valid.len(),
         })?;
+        let plans = match (&valid.rows, &self.datasets[valid.dataset].source) {
+            (ValidRows::Packed(plans), _) => plans.as_slice(),
+            (ValidRows::Generated(own), Source::Rows(task)) => {
+                return batch_of(&**task, Split::Eval(*own), &valid.set, start, rows);
+            }
+            (ValidRows::Generated(_), Source::Documents { .. }) => &[],
+        };
         let start = (start as usize).min(plans.len());
         let plans = &plans[start..(start + rows).min(plans.len())];
         let mut batch = Batch::with_room(plans.len(), self.spec.seq_len);
@@ -482,10 +579,9 @@ impl Loader for Pipeline {
     }
 
     fn locate(&self, piece: &Piece) -> Located {
-        let dataset = &self.datasets[piece.dataset as usize];
-        let (file, index) = dataset.docs.locate(piece.doc);
+        let (file, index) = self.place_of(piece.dataset as usize, piece.doc);
         Located {
-            dataset: dataset.name.clone(),
+            dataset: self.datasets[piece.dataset as usize].name.clone(),
             file,
             index,
         }
@@ -497,7 +593,13 @@ impl Loader for Pipeline {
         let Some(i) = self.datasets.iter().position(|d| d.name == dataset) else {
             return Ok(Vec::new());
         };
-        let Some((number, k)) = self.shards[i].find(doc, epoch) else {
+        let found = match (&self.datasets[i].source, self.shards[i]) {
+            (Source::Rows(rows), _) => rows
+                .row_of(doc, epoch)
+                .map(|row| generated::find(row, self.spec.lanes)),
+            (_, shards) => shards.and_then(|s| s.find(doc, epoch)),
+        };
+        let Some((number, k)) = found else {
             return Ok(Vec::new());
         };
         let (mut lane, mut rows) = (self.lane(number), Vec::new());

@@ -1,4 +1,4 @@
-//! Stage 2: documents of several datasets in given shares of tokens.
+//! Stage 2: documents and computed rows of several datasets in given shares of tokens.
 //!
 //! At each document boundary the dataset furthest behind its share is next: the largest `w_i T - t_i`, where T tokens were drawn in
 //! this phase and t_i of them from dataset i; ties go to the first. Deterministic, and without a random walk:
@@ -7,10 +7,15 @@
 //! ahead of its share, and none more than (D - 1) m behind, D the number of datasets. (The chosen one was not ahead, since the
 //! differences sum to 0, and gains at most m; the others only fall behind, by no more than the rest is ahead together.)
 //!
+//! A dataset of computed rows (a synthetic task) can only be next where a row begins, and a row that is packed is finished with documents:
+//! with such datasets m is the longest document plus a row. Tokens of a cut document that are still to come do not count there, so that
+//! tasks stand between the rows of a long document and not after it.
+//!
 //! A phase sets weights from a global row on; counting starts anew with it. A dataset whose shard has nothing usable in this lane is left out.
 
 use super::Stage;
 use super::docs::{DocStream, Document};
+use super::generated::{Generated, RowStream};
 use crate::data::DataError;
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
@@ -81,15 +86,50 @@ pub fn check_phases(phases: &[Phase], names: &[&str]) -> Result<Vec<Phase>, Data
 /// Where the stage stands.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MixtureState {
-    /// Per dataset: documents drawn, tokens drawn, tokens drawn before the current phase.
+    /// Per dataset: documents (or rows) drawn, tokens drawn, tokens drawn before the current phase. [`NONE_USABLE`] documents: the
+    /// dataset's shard was searched and has nothing usable.
     pub drawn: Vec<[u64; 3]>,
     /// Phase of the last document.
     pub phase: u32,
 }
 
+/// Stands for a number of documents in [`MixtureState::drawn`]. Who resumes must know what was found out: shares are those of the rest.
+const NONE_USABLE: u64 = u64::MAX;
+
+/// One dataset of the mixture, as a lane sees it.
+pub enum Stream {
+    /// Documents, to be packed.
+    Documents(Box<DocStream>),
+    /// Whole rows.
+    Rows(RowStream),
+}
+
+impl Stream {
+    fn name(&self) -> &str {
+        match self {
+            Stream::Documents(s) => s.name(),
+            Stream::Rows(s) => s.name(),
+        }
+    }
+
+    fn drawn(&self) -> u64 {
+        match self {
+            Stream::Documents(s) => s.state(),
+            Stream::Rows(s) => s.state(),
+        }
+    }
+
+    fn restore(&mut self, drawn: u64) -> Result<(), DataError> {
+        match self {
+            Stream::Documents(s) => s.restore(&drawn),
+            Stream::Rows(s) => s.restore(&drawn),
+        }
+    }
+}
+
 /// The stage.
 pub struct Mixture {
-    streams: Vec<DocStream>,
+    streams: Vec<Stream>,
     phases: Arc<[Phase]>,
     /// Tokens drawn, tokens drawn before the phase.
     tokens: Vec<[u64; 2]>,
@@ -100,7 +140,7 @@ pub struct Mixture {
 
 impl Mixture {
     /// Over one stream per dataset, with phases that [`check_phases`] returned.
-    pub fn new(streams: Vec<DocStream>, phases: Arc<[Phase]>) -> Self {
+    pub fn new(streams: Vec<Stream>, phases: Arc<[Phase]>) -> Self {
         let n = streams.len();
         Self {
             streams,
@@ -116,19 +156,17 @@ impl Mixture {
     /// # Errors
     /// [`DataError::State`] when there is none.
     pub fn last(&mut self, dataset: u32) -> Result<Document, DataError> {
-        let stream = self.streams.get_mut(dataset as usize);
-        stream
-            .ok_or_else(|| {
-                DataError::State(format!(
-                    "the state names dataset {dataset}, which does not exist"
-                ))
-            })?
-            .last()
+        match self.streams.get_mut(dataset as usize) {
+            Some(Stream::Documents(stream)) => stream.last(),
+            _ => Err(DataError::State(format!(
+                "the state names a document of dataset {dataset}, which does not exist or has none"
+            ))),
+        }
     }
 
-    /// Documents drawn from dataset `i`, left out ones included.
+    /// Documents drawn from dataset `i`, left out ones included, or rows.
     pub fn drawn(&self, i: usize) -> u64 {
-        self.streams[i].state()
+        self.streams[i].drawn()
     }
 
     /// Whether dataset `i` gives no more documents from global row `row` on: its weight is 0 for good, or its shard has nothing usable.
@@ -145,21 +183,41 @@ impl Mixture {
         self.tokens.iter().map(|t| t[0])
     }
 
-    fn furthest_behind(&self) -> Option<usize> {
-        let weights = &self.phases[self.phase].weights;
-        let usable = || (0..weights.len()).filter(|&i| weights[i] > 0.0 && !self.dead[i]);
-        let drawn = |i: usize| (self.tokens[i][0] - self.tokens[i][1]) as f64;
-        let (total, weight) = usable().fold((0.0, 0.0), |(t, w), i| (t + drawn(i), w + weights[i]));
-        let behind = |i: usize| weights[i] / weight * total - drawn(i);
-        usable().reduce(|best, i| if behind(i) > behind(best) { i } else { best })
+    /// The row that is next, if the dataset furthest behind has whole rows. To be asked where a row begins. `open` is the document that the
+    /// row before cut, its dataset and its tokens still to come: they do not count yet, or a long document would be followed by as long a
+    /// stretch of other rows.
+    ///
+    /// # Errors
+    /// What the stage before fails with.
+    pub fn whole_row(
+        &mut self,
+        row: u64,
+        open: Option<(u32, u64)>,
+    ) -> Result<Option<Generated>, DataError> {
+        self.enter(row);
+        let Some(i) = self.furthest_behind(open, |_| true) else {
+            return Ok(None);
+        };
+        match &mut self.streams[i] {
+            Stream::Documents(_) => Ok(None),
+            Stream::Rows(stream) => {
+                self.tokens[i][0] += stream.row_tokens();
+                stream.next(row).map(Some)
+            }
+        }
     }
-}
 
-impl Stage for Mixture {
-    type Item = Document;
-    type State = MixtureState;
+    /// Says that no dataset has anything usable.
+    pub fn nothing_usable(&self) -> DataError {
+        let names: Vec<&str> = self.streams.iter().map(Stream::name).collect();
+        DataError::NoDocuments {
+            dataset: names.join(", "),
+            why: "all documents of a logical shard are empty, shorter than min_length, or unreadable; check the data, or use fewer lanes".into(),
+        }
+    }
 
-    fn next(&mut self, row: u64) -> Result<Document, DataError> {
+    /// Begins the phase of global row `row`, if it is another one.
+    fn enter(&mut self, row: u64) {
         let phase = self
             .phases
             .partition_point(|p| p.start_row <= row)
@@ -168,20 +226,53 @@ impl Stage for Mixture {
             self.phase = phase;
             self.tokens.iter_mut().for_each(|t| t[1] = t[0]);
         }
-        while let Some(i) = self.furthest_behind() {
-            match self.streams[i].next(row)? {
+    }
+
+    fn furthest_behind(
+        &self,
+        open: Option<(u32, u64)>,
+        among: impl Fn(&Stream) -> bool,
+    ) -> Option<usize> {
+        let weights = &self.phases[self.phase].weights;
+        let usable = || (0..weights.len()).filter(|&i| weights[i] > 0.0 && !self.dead[i]);
+        // Where a phase begins amid a document, what is left of it was drawn before.
+        let drawn = |i: usize| {
+            let left = open.map_or(
+                0,
+                |(dataset, left)| {
+                    if dataset as usize == i { left } else { 0 }
+                },
+            );
+            (self.tokens[i][0] - self.tokens[i][1]) as f64 - left as f64
+        };
+        let (total, weight) = usable().fold((0.0, 0.0), |(t, w), i| (t + drawn(i), w + weights[i]));
+        let behind = |i: usize| weights[i] / weight * total - drawn(i);
+        usable()
+            .filter(|&i| among(&self.streams[i]))
+            .reduce(|best, i| if behind(i) > behind(best) { i } else { best })
+    }
+}
+
+impl Stage for Mixture {
+    /// `None`: no dataset with a weight has a usable document.
+    type Item = Option<Document>;
+    type State = MixtureState;
+
+    fn next(&mut self, row: u64) -> Result<Option<Document>, DataError> {
+        self.enter(row);
+        while let Some(i) = self.furthest_behind(None, |s| matches!(s, Stream::Documents(_))) {
+            let Stream::Documents(stream) = &mut self.streams[i] else {
+                break;
+            };
+            match stream.next(row)? {
                 Some(document) => {
                     self.tokens[i][0] += document.len();
-                    return Ok(document);
+                    return Ok(Some(document));
                 }
                 None => self.dead[i] = true,
             }
         }
-        let names: Vec<&str> = self.streams.iter().map(DocStream::name).collect();
-        Err(DataError::NoDocuments {
-            dataset: names.join(", "),
-            why: "all documents of a logical shard are empty, shorter than min_length, or unreadable; check the data, or use fewer lanes".into(),
-        })
+        Ok(None)
     }
 
     fn state(&self) -> MixtureState {
@@ -189,7 +280,8 @@ impl Stage for Mixture {
             .streams
             .iter()
             .zip(&self.tokens)
-            .map(|(s, t)| [s.state(), t[0], t[1]])
+            .zip(&self.dead)
+            .map(|((s, t), &dead)| [if dead { NONE_USABLE } else { s.drawn() }, t[0], t[1]])
             .collect();
         MixtureState {
             drawn,
@@ -204,14 +296,11 @@ impl Stage for Mixture {
                 "the state has {have} datasets; the mixture has {want}"
             )));
         }
-        for ((stream, tokens), drawn) in self
-            .streams
-            .iter_mut()
-            .zip(&mut self.tokens)
-            .zip(&state.drawn)
-        {
-            stream.restore(&drawn[0])?;
-            *tokens = [drawn[1], drawn[2]];
+        for (i, &[drawn, tokens, before]) in state.drawn.iter().enumerate() {
+            self.dead[i] = drawn == NONE_USABLE;
+            // What has nothing usable never drew anything.
+            self.streams[i].restore(if self.dead[i] { 0 } else { drawn })?;
+            self.tokens[i] = [tokens, before];
         }
         self.phase = (state.phase as usize).min(self.phases.len() - 1);
         Ok(())
@@ -242,7 +331,7 @@ mod tests {
                 vocab_size: 2,
                 ..Framing::default()
             });
-            DocStream::new(
+            Stream::Documents(Box::new(DocStream::new(
                 names[i].as_str().into(),
                 Arc::new(docs),
                 shards,
@@ -250,7 +339,7 @@ mod tests {
                 framing,
                 OnBad::Stop,
                 Arc::default(),
-            )
+            )))
         };
         Mixture::new(
             lengths.iter().enumerate().map(stream).collect(),

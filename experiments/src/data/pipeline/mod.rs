@@ -1,7 +1,7 @@
 //! The document pipeline: several datasets of documents become one endless sequence of packed rows.
 //!
 //! ```text
-//! per lane l:  DocStream (shard, order, documents, tokens) x datasets -> Mixture -> Pack -> Window
+//! per lane l:  DocStream (shard, order, documents, tokens) or RowStream (computed rows) x datasets -> Mixture -> Pack -> Window
 //! batches:     global row g = row g / L of lane g % L; worker w of W serves the rows with g % W == w
 //! ```
 //!
@@ -13,6 +13,7 @@
 //! Every stage is a [`Stage`]: items one after the other, and a small state. A new stage is one file that wraps the one before.
 
 pub mod docs;
+pub mod generated;
 pub mod loader;
 pub mod mixture;
 pub mod pack;
@@ -24,7 +25,7 @@ mod tests;
 
 pub use marimba_dsl::data::OnBad;
 
-pub use loader::{Dataset, Pipeline, PipelineSpec};
+pub use loader::{Dataset, Pipeline, PipelineSpec, Source};
 pub use mixture::Phase;
 
 use super::DataError;

@@ -4,21 +4,43 @@
 
 use super::Stage;
 use super::docs::Document;
+use super::generated::Generated;
 use super::mixture::{Mixture, MixtureState};
-use crate::data::{Batch, DataError, IGNORED, Piece};
+use crate::data::rows::Split;
+use crate::data::{Batch, DataError, IGNORED, Piece, RowMut};
 use serde::{Deserialize, Serialize};
 use std::sync::Arc;
 
-/// A row before its tokens are copied: document parts that together have T + 1 tokens.
+/// A row before its tokens are written.
 #[derive(Clone, Debug)]
-pub struct RowPlan {
-    /// Document, first token, tokens.
-    parts: Vec<(Arc<Document>, u64, u64)>,
+pub enum RowPlan {
+    /// Document parts (document, first token, tokens) that together have T + 1 tokens.
+    Packed(Vec<(Arc<Document>, u64, u64)>),
+    /// A computed row.
+    Generated(Generated),
+}
+
+/// Why a row could not be written.
+#[derive(Debug)]
+pub enum RowFault {
+    /// Document and id of a token outside the vocabulary.
+    Outside {
+        /// The document's number in its dataset.
+        doc: u64,
+        /// The id.
+        token: u64,
+    },
+    /// The row could not be computed.
+    Failed(DataError),
 }
 
 impl RowPlan {
     /// Where the row comes from.
     pub fn pieces(&self) -> Vec<Piece> {
+        let parts = match self {
+            RowPlan::Packed(parts) => parts,
+            RowPlan::Generated(row) => return row.pieces(),
+        };
         let piece = |(d, start, len): &(Arc<Document>, u64, u64)| Piece {
             dataset: d.dataset,
             epoch: d.place.epoch,
@@ -26,16 +48,20 @@ impl RowPlan {
             start: *start,
             len: *len,
         };
-        self.parts.iter().map(piece).collect()
+        parts.iter().map(piece).collect()
     }
 
     /// Appends the row to `out`. Targets do not cross documents. Each array is written once, front to back: no blank row is laid out first.
     ///
     /// # Errors
-    /// Document and id of a token outside the vocabulary; `out` then holds a part of the row.
-    pub fn append(&self, out: &mut Batch, vocab_size: usize) -> Result<(), (u64, u64)> {
+    /// [`RowFault`]; `out` then holds a part of the row.
+    pub fn append(&self, out: &mut Batch, vocab_size: usize) -> Result<(), RowFault> {
         let mut t = 0;
-        for (segment, (document, start, len)) in self.parts.iter().enumerate() {
+        let parts = match self {
+            RowPlan::Packed(parts) => parts,
+            RowPlan::Generated(row) => return append_generated(row, out).map_err(RowFault::Failed),
+        };
+        for (segment, (document, start, len)) in parts.iter().enumerate() {
             let len = *len as usize;
             let inputs = len.min(out.seq_len - t);
             let from = out.tokens.len();
@@ -48,7 +74,10 @@ impl RowPlan {
             if any_outside(tokens, vocab_size) || last.is_some_and(outside) {
                 let ids = tokens.iter().copied().chain(last);
                 let worst = ids.map(|x| x as u32).max().unwrap_or(0);
-                return Err((document.place.doc, u64::from(worst)));
+                return Err(RowFault::Outside {
+                    doc: document.place.doc,
+                    token: u64::from(worst),
+                });
             }
             if inputs > 0 {
                 out.targets.extend_from_slice(&tokens[1..]);
@@ -60,6 +89,22 @@ impl RowPlan {
         }
         Ok(())
     }
+}
+
+/// Appends a computed row: laid out blank, then filled.
+fn append_generated(made: &Generated, out: &mut Batch) -> Result<(), DataError> {
+    let (from, to) = (out.tokens.len(), out.tokens.len() + out.seq_len);
+    out.tokens.resize(to, 0);
+    out.targets.resize(to, IGNORED);
+    out.segments.resize(to, 0);
+    out.positions.extend(0..out.seq_len as i32);
+    let row = RowMut {
+        tokens: &mut out.tokens[from..],
+        targets: &mut out.targets[from..],
+        segments: &mut out.segments[from..],
+        positions: &mut out.positions[from..],
+    };
+    made.rows.fill(Split::Train, made.row, row)
 }
 
 /// Whether an id is negative or not below `vocab_size`. The sign bit of `x | (highest - x)` says so of one; ORed together they need no
@@ -117,12 +162,28 @@ impl Stage for Pack {
     type State = PackState;
 
     fn next(&mut self, row: u64) -> Result<RowPlan, DataError> {
+        let open = self.open.clone();
+        let cut = open.as_ref().map(|(d, used)| (d.dataset, d.len() - used));
+        if let Some(made) = self.mixture.whole_row(row, cut)? {
+            return Ok(RowPlan::Generated(made));
+        }
         let mut left = self.seq_len as u64 + 1;
         let mut parts = Vec::new();
         while left > 0 {
             let (document, start) = match self.open.take() {
                 Some(open) => open,
-                None => (Arc::new(self.mixture.next(row)?), 0),
+                None => match self.mixture.next(row)? {
+                    Some(document) => (Arc::new(document), 0),
+                    // Only now is it known that no document is to be had, so the row is one of those that are computed. What the
+                    // row would have begun with stays for later.
+                    None => {
+                        self.open = open;
+                        let made = self.mixture.whole_row(row, cut)?;
+                        return made
+                            .map(RowPlan::Generated)
+                            .ok_or_else(|| self.mixture.nothing_usable());
+                    }
+                },
             };
             let len = left.min(document.len() - start);
             left -= len;
@@ -131,7 +192,7 @@ impl Stage for Pack {
             }
             parts.push((document, start, len));
         }
-        Ok(RowPlan { parts })
+        Ok(RowPlan::Packed(parts))
     }
 
     fn state(&self) -> PackState {

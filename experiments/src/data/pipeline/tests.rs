@@ -3,8 +3,11 @@
 use super::docs::Framing;
 use super::*;
 use crate::data::order::OrderMode;
+use crate::data::rows::{Rows, Split};
 use crate::data::source::InMemory;
+use crate::data::tasks::Task;
 use crate::data::{Batch, IGNORED, Loader, LoaderState, Worker};
+use marimba_dsl::data::{Data, Parity};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -30,6 +33,8 @@ fn token(dataset: usize, doc: usize, i: usize) -> u32 {
 #[derive(Clone, Debug)]
 struct Case {
     docs: Vec<Vec<Doc>>,
+    /// Tasks come after the datasets of documents: their numbers of examples.
+    tasks: Vec<Option<u64>>,
     weights: Vec<f64>,
     second: Option<(u64, Vec<f64>)>,
     spec: PipelineSpec,
@@ -42,8 +47,19 @@ fn case() -> impl Strategy<Value = Case> {
         docs.push(Some(n + 4));
         docs
     });
+    // One dataset may have nothing usable at all, and tasks may be mixed in.
+    let hollow = prop::option::of((any::<prop::sample::Index>(), 1usize..30));
+    let tasks = prop::collection::vec(prop::option::of(1u64..40), 0..3);
+    let datasets = (prop::collection::vec(dataset, 1..4), hollow, tasks).prop_map(
+        |(mut docs, hollow, tasks)| {
+            if let Some((at, n)) = hollow {
+                docs.insert(at.index(docs.len() + 1), vec![Some(0); n]);
+            }
+            (docs, tasks)
+        },
+    );
     (
-        prop::collection::vec(dataset, 1..4),
+        datasets,
         1usize..40,
         1u32..48,
         1u64..5,
@@ -53,14 +69,22 @@ fn case() -> impl Strategy<Value = Case> {
         0u64..6,
     )
         .prop_flat_map(
-            |(docs, seq_len, lanes, window, seed, mode, [bos, eos], min_length)| {
-                let n = docs.len();
+            |((docs, tasks), seq_len, lanes, window, seed, mode, [bos, eos], min_length)| {
+                let n = docs.len() + tasks.len();
                 let weights = prop::collection::vec(0.05f64..1.0, n);
                 let second = prop::option::of((1u64..400, prop::collection::vec(0.0f64..1.0, n)));
                 (weights, second).prop_map(move |(weights, second)| Case {
                     docs: docs.clone(),
+                    tasks: tasks.clone(),
                     weights,
-                    second: second.filter(|(_, w)| w.iter().sum::<f64>() > 0.0),
+                    // Something usable has a weight.
+                    second: second.filter(|(_, w)| {
+                        let hollow = |d: usize| {
+                            docs.get(d)
+                                .is_some_and(|d| d.iter().all(|n| matches!(n, Some(0))))
+                        };
+                        (0..n).any(|d| w[d] > 0.0 && !hollow(d))
+                    }),
                     spec: PipelineSpec {
                         seq_len,
                         lanes,
@@ -83,17 +107,39 @@ fn case() -> impl Strategy<Value = Case> {
         )
 }
 
-fn build(case: &Case) -> Pipeline {
-    let datasets = case.docs.iter().enumerate().map(|(d, docs)| Dataset {
-        name: format!("d{d}"),
-        docs: Arc::new(InMemory::new(docs.iter().enumerate().map(
-            |(j, len)| match len {
-                Some(len) => Ok((0..*len).map(|i| token(d, j, i)).collect()),
-                None => Err("made bad".to_owned()),
-            },
-        ))),
-        valid_docs: 0,
+/// The task that is dataset `d`.
+fn parity(case: &Case, d: usize) -> Task {
+    let data = Data::Parity(Parity {
+        n_train: case.tasks[d - case.docs.len()],
+        ..Parity::default()
     });
+    Task::from_data(&data, case.spec.seq_len, d as u64).expect("valid")
+}
+
+/// Documents without a kept part.
+fn documents(docs: InMemory) -> Source {
+    Source::Documents {
+        docs: Arc::new(docs),
+        valid_docs: 0,
+    }
+}
+
+fn build(case: &Case) -> Pipeline {
+    let datasets = case.docs.iter().enumerate().map(|(d, docs)| {
+        let tokens = docs.iter().enumerate().map(|(j, len)| match len {
+            Some(len) => Ok((0..*len).map(|i| token(d, j, i)).collect()),
+            None => Err("made bad".to_owned()),
+        });
+        Dataset {
+            name: format!("d{d}"),
+            source: documents(InMemory::new(tokens)),
+        }
+    });
+    let tasks = (case.docs.len()..case.docs.len() + case.tasks.len()).map(|d| Dataset {
+        name: format!("d{d}"),
+        source: Source::Rows(Arc::new(parity(case, d))),
+    });
+    let datasets = datasets.chain(tasks);
     let mut phases = vec![Phase {
         start_row: 0,
         weights: case.weights.clone(),
@@ -198,8 +244,20 @@ proptest! {
         let usable = |d: usize, j: usize| case.docs[d][j].map(|n| n as u64).filter(|&n| n > 0 && n + frame >= min).map(|n| n + frame);
 
         let mut parts: BTreeMap<(u32, u64, u64), Vec<(u64, u64)>> = BTreeMap::new();
+        let mut examples: BTreeMap<(u32, u32), Vec<u64>> = BTreeMap::new();
         for piece in batch.provenance.iter().flat_map(|p| &p.pieces) {
+            if piece.dataset as usize >= case.docs.len() {
+                let row = parity(&case, piece.dataset as usize).row_of(piece.doc, piece.epoch).expect("exists");
+                let (lane, k) = generated::find(row, spec.lanes);
+                examples.entry((piece.dataset, lane)).or_default().push(k);
+                continue;
+            }
             parts.entry((piece.dataset, piece.epoch, piece.doc)).or_default().push((piece.start, piece.len));
+        }
+        // A lane's examples come without a gap and once.
+        for mut ks in examples.into_values() {
+            ks.sort_unstable();
+            prop_assert_eq!(&ks, &(0..ks.len() as u64).collect::<Vec<_>>());
         }
         let mut drawn: BTreeMap<(u32, u32), Vec<(u64, bool)>> = BTreeMap::new();
         for ((dataset, epoch, doc), mut spans) in parts {
@@ -211,12 +269,12 @@ proptest! {
                 prop_assert_eq!(start, at, "a part of a document came twice or never");
                 at += n;
             }
-            let (lane, k) = whole.shards()[dataset as usize].find(doc, epoch).expect("exists");
+            let (lane, k) = whole.shards()[dataset as usize].expect("documents").find(doc, epoch).expect("exists");
             drawn.entry((dataset, lane)).or_default().push((k, Some(at) == len));
         }
         for ((dataset, lane), mut ks) in drawn {
             ks.sort_unstable();
-            let shards = whole.shards()[dataset as usize];
+            let shards = whole.shards()[dataset as usize].expect("documents");
             let usable_before = (0..=ks[ks.len() - 1].0).filter(|&k| usable(dataset as usize, shards.place(lane, k).doc as usize).is_some());
             prop_assert_eq!(ks.iter().map(|k| k.0).collect::<Vec<_>>(), usable_before.collect::<Vec<_>>());
             // Only the last one may still be open.
@@ -249,6 +307,13 @@ proptest! {
             let mut at = 0;
             let row = |v: &[i32]| v[i * t..(i + 1) * t].to_vec();
             let (tokens, targets, segments, positions) = (row(&batch.tokens), row(&batch.targets), row(&batch.segments), row(&batch.positions));
+            if let [piece] = provenance.pieces.as_slice() && piece.dataset as usize >= case.docs.len() {
+                let task = parity(&case, piece.dataset as usize);
+                let mut want = Batch::blank(1, t);
+                task.fill(Split::Train, task.row_of(piece.doc, piece.epoch).expect("exists"), want.row_mut(0)).expect("computed");
+                prop_assert_eq!((tokens, targets, segments, positions), (want.tokens, want.targets, want.segments, want.positions));
+                continue;
+            }
             for (segment, piece) in provenance.pieces.iter().enumerate() {
                 let f = &case.spec.framing;
                 let len = case.docs[piece.dataset as usize][piece.doc as usize].expect("good");
@@ -288,6 +353,7 @@ fn simple(docs: Vec<Vec<Doc>>) -> Case {
     };
     Case {
         docs,
+        tasks: Vec::new(),
         weights,
         second: None,
         spec,
@@ -345,10 +411,9 @@ fn impossible_mixtures_are_refused() {
         change(&mut case);
         let datasets = |(d, docs): (usize, &Vec<Doc>)| Dataset {
             name: format!("d{d}"),
-            docs: Arc::new(InMemory::new(
+            source: documents(InMemory::new(
                 docs.iter().map(|n| Ok(vec![1; n.unwrap_or(0)])),
-            )) as Arc<dyn crate::data::source::Documents>,
-            valid_docs: 0,
+            )),
         };
         let phases = vec![Phase {
             start_row: 0,
@@ -389,10 +454,114 @@ fn a_weight_of_zero_leaves_a_dataset_out() {
 }
 
 #[test]
+fn tasks_take_their_share_of_rows() {
+    let mut case = simple(vec![(0..300).map(|i| Some(i % 37 + 1)).collect(); 2]);
+    case.tasks = vec![None, Some(7)];
+    case.weights = vec![0.3, 0.25, 0.25, 0.2];
+    // Later the documents are left out, and later still one task.
+    case.second = Some((6 * 200, vec![0.0, 0.0, 0.5, 0.5]));
+    let mut pipeline = build(&case);
+    // The bound of `mixture`: m is the longest document plus a row.
+    let m = (37 + 17) as f64;
+    let mut at_phase = vec![0; 4];
+    for block in 0..200u64 {
+        pipeline.next(6 * 2).expect("reads");
+        let drawn: Vec<u64> = pipeline.tokens_by_dataset().iter().map(|t| t.1).collect();
+        if block == 99 {
+            at_phase = drawn.clone();
+        }
+        let weights = if block < 100 {
+            case.weights.clone()
+        } else {
+            case.second.clone().expect("given").1
+        };
+        let since: Vec<f64> = drawn
+            .iter()
+            .zip(&at_phase)
+            .map(|(d, b)| (d - if block < 100 { 0 } else { *b }) as f64)
+            .collect();
+        let total: f64 = since.iter().sum();
+        for (i, drawn) in since.iter().enumerate() {
+            let ahead = drawn - weights[i] * total;
+            // Six lanes, each within the bound.
+            assert!(
+                ahead <= 6.0 * m && ahead >= -6.0 * 3.0 * m,
+                "dataset {i} ahead by {ahead} of {total}"
+            );
+        }
+    }
+    let sets = pipeline.eval_sets();
+    assert_eq!(sets.len(), 2);
+    assert_eq!(
+        (sets[0].name.as_str(), sets[1].name.as_str()),
+        ("d2/T16", "d3/T16")
+    );
+    let batch = pipeline.eval_batch(1, 3, 5).expect("computes");
+    let alone = parity(&case, 3);
+    let mut want = Batch::blank(1, 16);
+    alone
+        .fill(Split::Eval(0), 3, want.row_mut(0))
+        .expect("computes");
+    assert_eq!((batch.rows, &batch.tokens[..16]), (5, &want.tokens[..]));
+}
+
+#[test]
+fn tasks_stand_between_the_rows_of_a_long_document() {
+    let mut case = simple(vec![vec![Some(5000); 3]]);
+    (case.tasks, case.weights) = (vec![None], vec![0.75, 0.25]);
+    (case.spec.lanes, case.spec.window) = (1, 1);
+    let batch = build(&case).next(400).expect("reads");
+    let of_task: Vec<bool> = batch
+        .provenance
+        .iter()
+        .map(|p| p.pieces[0].dataset == 1)
+        .collect();
+    for four in of_task.windows(4) {
+        assert_eq!(four.iter().filter(|&&t| t).count(), 1, "{of_task:?}");
+    }
+}
+
+#[test]
+fn a_task_of_other_rows_is_refused() {
+    let mut case = simple(vec![vec![Some(5); 20]]);
+    case.tasks = vec![None];
+    case.weights = vec![0.5, 0.5];
+    let longer = Case {
+        spec: PipelineSpec {
+            seq_len: 20,
+            ..case.spec.clone()
+        },
+        ..case.clone()
+    };
+    let mut datasets = build(&case).datasets().to_vec();
+    datasets[1].source = Source::Rows(Arc::new(parity(&longer, 1)));
+    let phases = vec![Phase {
+        start_row: 0,
+        weights: vec![0.5, 0.5],
+    }];
+    let refused = Pipeline::new(
+        datasets,
+        PipelineSpec {
+            phases,
+            ..case.spec
+        },
+        Worker::ALL,
+    )
+    .map(|_| ())
+    .expect_err("refused");
+    assert!(
+        refused.to_string().contains("rows of d1 have 20 tokens"),
+        "{refused}"
+    );
+}
+
+#[test]
 fn kept_documents_are_only_validated_on() {
     let case = simple(vec![(0..100).map(|i| Some(i % 30 + 1)).collect()]);
     let mut datasets = build(&case).datasets().to_vec();
-    datasets[0].valid_docs = 10;
+    if let Source::Documents { valid_docs, .. } = &mut datasets[0].source {
+        *valid_docs = 10;
+    }
     let phases = vec![Phase {
         start_row: 0,
         weights: vec![1.0],
