@@ -148,6 +148,7 @@ fn cases() -> Vec<Case> {
         vec![big.clone()],
     ));
     let adamw = AdamW {
+        copies: Vec::new(),
         betas: (0.9, 0.95),
         eps: 1e-8,
         clip: Some(1.0),

@@ -15,7 +15,7 @@ use crate::{
     ValueId, differentiate, dims,
 };
 use proptest::prelude::*;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 
 /// What a layer of a random graph does.
@@ -351,11 +351,26 @@ fn hash(parts: impl Hash) -> u64 {
 /// What is written into a buffer: rows, factor on what was there, what is added.
 type Write = (usize, usize, u64, u64);
 
-/// A hash of each output's expression. Writes to disjoint rows of one buffer commute; everything else keeps its order. The three
-/// forms of a folded product mean what they were folded from.
+/// The hash of a sum: that of its terms in any order. `sums` holds those made so far.
+fn sum(sums: &mut BTreeSet<u64>, x: u64, y: u64) -> u64 {
+    let total = |h: u64| {
+        if sums.contains(&h) {
+            h
+        } else {
+            hash(("term", h))
+        }
+    };
+    let s = total(x).wrapping_add(total(y));
+    sums.insert(s);
+    s
+}
+
+/// A hash of each output's expression. Writes to disjoint rows of one buffer commute, and so do the terms of sums; everything else keeps
+/// its order. The forms of a folded product or norm mean what they were folded from.
 pub fn meaning(g: &Graph) -> BTreeMap<String, u64> {
     let mut of: Vec<u64> = vec![0; g.values.len()];
     let mut writes: BTreeMap<ValueId, (u64, Vec<Write>)> = BTreeMap::new();
+    let mut sums = BTreeSet::new();
     for v in g.value_ids() {
         if let Def::External(e) = &g.value(v).def {
             of[v.index()] = hash((e.word(), &g.value(v).name));
@@ -383,6 +398,9 @@ pub fn meaning(g: &Graph) -> BTreeMap<String, u64> {
                         }
                         Instr::Const(c) => hash(("const", c.to_bits())),
                         Instr::Un(f, x) => hash((format!("{f:?}"), regs[x as usize])),
+                        Instr::Bin(Bin::Add, x, y) => {
+                            sum(&mut sums, regs[x as usize], regs[y as usize])
+                        }
                         Instr::Bin(f, x, y) => {
                             hash((format!("{f:?}"), regs[x as usize], regs[y as usize]))
                         }
@@ -441,8 +459,17 @@ pub fn meaning(g: &Graph) -> BTreeMap<String, u64> {
                 folded = arg(0).map(|into| (0, into, *start, *len, h(1).unwrap_or(0), x));
             }
             op => {
-                let args: Vec<Option<u64>> = (0..node.args.len()).map(h).collect();
+                let add = match op {
+                    Op::Linear(_) => 3,
+                    Op::LinearDx(_) => 2,
+                    Op::RmsNormBwd(_) => 5,
+                    _ => usize::MAX,
+                };
+                let args: Vec<Option<u64>> = (0..node.args.len().min(add)).map(h).collect();
                 results.extend((0..node.results.len()).map(|k| plain(op, &args, k)));
+                if let Some(add) = h(add) {
+                    results[0] = sum(&mut sums, results[0], add);
+                }
             }
         }
         if let Some((result, into, start, len, beta, x)) = folded {

@@ -88,6 +88,11 @@ fn arg_name(op: &Op, slot: usize) -> String {
     }
     let group: Vec<&str> = names[last].split(',').collect();
     let k = slot - last;
+    if let Op::AdamW(op) = op
+        && k >= group.len() * op.tensors.len()
+    {
+        return format!("copy{}", k - group.len() * op.tensors.len());
+    }
     format!("{}{}", group[k % group.len()], k / group.len())
 }
 
@@ -318,7 +323,7 @@ pub fn origin(g: &Graph, v: ValueId) -> String {
 mod tests {
     use super::*;
     use crate::arbitrary::{Kind, Sample, training};
-    use crate::op::{AdamW, Bin, Concat, Pointwise, Un};
+    use crate::op::{AdamW, AdamWTensor, Bin, Concat, Pointwise, Un};
     use crate::{DType, External, Letter, Place, Type, dims};
 
     fn toy(layers: Vec<Kind>) -> Graph {
@@ -362,15 +367,23 @@ mod tests {
 
     #[test]
     fn variadic_arguments_are_numbered() {
+        let tensor = AdamWTensor {
+            decay: 0.0,
+            lr_scale: 1.0,
+        };
         let op: Op = AdamW {
+            copies: Vec::new(),
             betas: (0.9, 0.95),
             eps: 1e-8,
             clip: None,
-            tensors: Vec::new(),
+            tensors: vec![tensor.clone(), tensor],
         }
         .into();
-        let names: Vec<String> = (0..9).map(|i| arg_name(&op, i)).collect();
-        assert_eq!(names.join(" "), "lr step norm p0 g0 m0 v0 p1 g1");
+        let names: Vec<String> = (0..12).map(|i| arg_name(&op, i)).collect();
+        assert_eq!(
+            names.join(" "),
+            "lr step norm p0 g0 m0 v0 p1 g1 m1 v1 copy0"
+        );
     }
 
     #[test]

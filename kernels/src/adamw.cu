@@ -1,10 +1,12 @@
 // A launch takes a table of tensors by value; grid (blocks, tensors).
 #define TABLE 40
-struct Tensors { u64 p[TABLE]; u64 g[TABLE]; u64 m[TABLE]; u64 v[TABLE]; i64 n[TABLE]; float decay[TABLE]; float lr[TABLE]; };
+// copy: p in another type, or null.
+struct Tensors { u64 p[TABLE]; u64 g[TABLE]; u64 m[TABLE]; u64 v[TABLE]; u64 copy[TABLE]; i64 n[TABLE]; float decay[TABLE]; float lr[TABLE]; };
 struct Grads { u64 g[TABLE]; i64 n[TABLE]; };
 KERNEL adamw(const __grid_constant__ Tensors t, const float* lr, const float* step, const float* norm, double b1, double b2, float eps, float clip) {
     int k = blockIdx.y;
     TA0* p = (TA0*)t.p[k];
+    TR0* copy = (TR0*)t.copy[k];
     const float* g = (const float*)t.g[k];
     float *m = (float*)t.m[k], *v = (float*)t.v[k];
     float rate = lr[0] * t.lr[k], decay = t.decay[k], c1 = (float)(1. - pow(b1, (double)step[0])), c2 = (float)(1. - pow(b2, (double)step[0]));
@@ -12,7 +14,7 @@ KERNEL adamw(const __grid_constant__ Tensors t, const float* lr, const float* st
     float f = clip > 0.f ? fminf(1.f, clip / norm[0]) : 1.f;
     // A norm that is no number leaves everything as it was; the caller stops.
     if (!(norm[0] < INF)) return;
-    i64 n = t.n[k], wide = (t.p[k] | t.g[k] | t.m[k] | t.v[k]) % 16 ? 0 : n / 8 * 8;
+    i64 n = t.n[k], wide = (t.p[k] | t.g[k] | t.m[k] | t.v[k] | t.copy[k]) % 16 ? 0 : n / 8 * 8;
     for (i64 i = 8 * global_thread(); i < wide; i += 8 * all_threads()) {
         float gv[8], mv[8], vv[8], pv[8];
         ld8(g, i, gv);
@@ -29,12 +31,15 @@ KERNEL adamw(const __grid_constant__ Tensors t, const float* lr, const float* st
         st8(m, i, mv);
         st8(v, i, vv);
         st8(p, i, pv);
+        if (copy) st8(copy, i, pv);
     }
     for (i64 i = wide + global_thread(); i < n; i += all_threads()) {
         float gv = g[i] * f, mv = f1 * m[i] + o1 * gv, vv = f2 * v[i] + o2 * gv * gv, pv = ld(p, i);
+        pv -= rate * (mv / c1 / (sqrtf(vv / c2) + eps) + decay * pv);
         m[i] = mv;
         v[i] = vv;
-        st(p, i, pv - rate * (mv / c1 / (sqrtf(vv / c2) + eps) + decay * pv));
+        st(p, i, pv);
+        if (copy) st(copy, i, pv);
     }
 }
 KERNEL square_parts(const __grid_constant__ Grads t, double* part) {

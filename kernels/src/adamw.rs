@@ -17,6 +17,8 @@ pub struct AdamW {
     pub clip: f32,
     /// Weight decay and factor on lr of each tensor.
     pub tensors: Vec<(f32, f32)>,
+    /// Tensors that are also written in another type.
+    pub copies: Vec<usize>,
 }
 
 /// Blocks that walk one tensor.
@@ -39,23 +41,42 @@ fn longs(list: impl Iterator<Item = u64>) -> Vec<u64> {
     list
 }
 
-/// `p, m, v` of each tensor of `lr, step, norm, (p, g, m, v)...`.
+/// `p, m, v` of each tensor, and copies of p, of `lr, step, norm, (p, g, m, v)..., copy...`.
 pub fn adamw(r: &mut Recorder, a: &Args, op: &AdamW) {
     let at = |i: usize, k: usize| a.arg(3 + 4 * i + k);
-    for dtype in [DType::F32, DType::Bf16, DType::F16] {
+    const ABSENT: &Tensor = &Tensor::ABSENT;
+    let copy = |i: usize| match op.copies.iter().position(|&c| c == i) {
+        Some(k) => a.arg(3 + 4 * op.tensors.len() + k),
+        None => ABSENT,
+    };
+    // Those without a copy go with those that have one of the same type as p.
+    let floats_of = [DType::F32, DType::Bf16, DType::F16];
+    for (dtype, narrow) in floats_of
+        .into_iter()
+        .flat_map(|p| floats_of.map(|copy| (p, copy)))
+    {
         let all: Vec<usize> = (0..op.tensors.len())
-            .filter(|&i| at(i, 0).dtype == dtype && !at(i, 0).is_empty())
+            .filter(|&i| {
+                let copy = copy(i);
+                let to = if copy.is_present() {
+                    copy.dtype
+                } else {
+                    at(i, 0).dtype
+                };
+                (at(i, 0).dtype, to) == (dtype, narrow) && !at(i, 0).is_empty()
+            })
             .collect();
         for list in all.chunks(TABLE) {
             let of = |k: usize| longs(list.iter().map(move |&i| at(i, k).ptr));
             let mut words: Vec<u64> = (0..4).flat_map(of).collect();
+            words.extend(longs(list.iter().map(|&i| copy(i).ptr)));
             words.extend(longs(list.iter().map(|&i| at(i, 0).len() as u64)));
             words.extend(floats(list.iter().map(|&i| op.tensors[i].0)));
             words.extend(floats(list.iter().map(|&i| op.tensors[i].1)));
             let longest = list.iter().map(|&i| at(i, 0).len()).max().unwrap_or(0);
             r.launch(
                 ("adamw", "adamw"),
-                types(&[("TA0", dtype)]),
+                types(&[("TA0", dtype), ("TR0", narrow)]),
                 [blocks(longest), list.len(), 1],
                 THREADS,
                 vec![

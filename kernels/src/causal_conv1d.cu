@@ -1,17 +1,63 @@
-// A thread has V neighbouring channels and walks over a run of L tokens with the last K-1 inputs in registers, U tokens at a time so that
-// their loads are in flight together. Grid (channels, runs, B).
+// A thread has V neighbouring channels and walks over a run of L tokens with the last K-1 inputs in registers, STEP tokens at a time. The
+// loads of the next tokens are under way while these are computed. Grid (channels, runs, B).
 #ifndef K
 #define K 4
 #endif
 #ifndef V
 #define V 1
 #endif
-#define U 4
+#ifndef STEP
+#define STEP 4
+#endif
 #define PAST (K > 1 ? K - 1 : 1)
-__device__ __forceinline__ void input(float* to, const TA0* x, const TA4* state, i64 b, int t, int c, int T, int I) {
-    if (t >= 0 && t < T) return load<V>(to, x + (b * T + t) * I + c);
+// V elements as they lie in memory, at a multiple of their size; zeros where there are none.
+template <class T> struct Raw {
+    static constexpr int BYTES = V * sizeof(T), WORDS = (BYTES + 3) / 4;
+    u32 w[WORDS];
+    __device__ __forceinline__ void take(const T* p, bool on) {
 #pragma unroll
-    for (int v = 0; v < V; v++) to[v] = t < 0 && state && t + K - 1 >= 0 ? ld(state, (b * (K - 1) + K - 1 + t) * I + c + v) : 0.f;
+        for (int i = 0; i < WORDS; i++) w[i] = 0;
+        if (!on) return;
+        if constexpr (BYTES % 16 == 0)
+#pragma unroll
+            for (int i = 0; i < WORDS; i += 4) {
+                uint4 a = *(const uint4*)((const u32*)p + i);
+                w[i] = a.x, w[i + 1] = a.y, w[i + 2] = a.z, w[i + 3] = a.w;
+            }
+        else if constexpr (BYTES == 8) {
+            uint2 a = *(const uint2*)p;
+            w[0] = a.x, w[1] = a.y;
+        } else if constexpr (BYTES == 4) w[0] = *(const u32*)p;
+        else w[0] = *(const u16*)p;
+    }
+    __device__ __forceinline__ float get(int v) const {
+        if constexpr (sizeof(T) == 4) return __uint_as_float(w[v]);
+        else {
+            T e = {(u16)(w[v / 2] >> v % 2 * 16)};
+            return widen(e);
+        }
+    }
+    __device__ __forceinline__ void open(float* to) const {
+#pragma unroll
+        for (int v = 0; v < V; v++) to[v] = get(v);
+    }
+};
+template <class T> __device__ __forceinline__ void put(T* to, const float* v) {
+    if constexpr (V == 2 && sizeof(T) == 2) {
+        T e[2];
+        st(e, 0, v[0]);
+        st(e, 1, v[1]);
+        *(u32*)to = e[0].x | (u32)e[1].x << 16;
+    } else store<V>(to, v);
+}
+// The input at t, from the state where t is before the sequence.
+__device__ __forceinline__ void input(float* to, const TA0* x, const TA4* state, i64 b, int t, int c, int T, int I) {
+    Raw<TA0> r;
+    r.take(x + (b * T + t) * I + c, t >= 0 && t < T);
+    r.open(to);
+    if (t < 0 && state && t + K - 1 >= 0)
+#pragma unroll
+        for (int v = 0; v < V; v++) to[v] = ld(state, (b * (K - 1) + K - 1 + t) * I + c + v);
 }
 // w[j] multiplies the input j tokens back.
 __device__ __forceinline__ void taps(float (*w)[V], float* bias, const TA1* weight, const TA2* b, int c) {
@@ -24,21 +70,33 @@ __device__ __forceinline__ void taps(float (*w)[V], float* bias, const TA1* weig
 }
 KERNEL conv(const TA0* x, const TA1* w, const TA2* bias, const int* pos, const TA4* state, TR0* y, int T, int I, int act, int L) {
     int c = (blockIdx.x * blockDim.x + threadIdx.x) * V, from = blockIdx.y * L, to = from + L < T ? from + L : T;
-    if (c >= I) return;
+    if (c >= I || from >= T) return;
     i64 b = blockIdx.z;
-    float wt[K][V], bs[V], h[PAST + U][V];
+    const TA0* rows = x + b * T * I + c;
+    float wt[K][V], bs[V], h[PAST + STEP][V];
+    Raw<TA0> next[STEP];
+    int reach[STEP], far[STEP];
+    auto fetch = [&](int t0) {
+#pragma unroll
+        for (int u = 0; u < STEP; u++) {
+            bool on = t0 + u < to;
+            next[u].take(rows + (i64)(t0 + u) * I, on);
+            far[u] = pos && on ? pos[b * T + t0 + u] : K;
+        }
+    };
+    fetch(from);
     taps(wt, bs, w, bias, c);
 #pragma unroll
     for (int j = 0; j < K - 1; j++) input(h[PAST - 1 - j], x, state, b, from - 1 - j, c, T, I);
-    for (int t0 = from; t0 < to; t0 += U) {
-        int reach[U];
+    for (int t0 = from; t0 < to; t0 += STEP) {
 #pragma unroll
-        for (int u = 0; u < U; u++) {
-            input(h[PAST + u], x, (const TA4*)0, b, t0 + u, c, T, I);
-            reach[u] = pos && t0 + u < to ? pos[b * T + t0 + u] : K;
+        for (int u = 0; u < STEP; u++) {
+            next[u].open(h[PAST + u]);
+            reach[u] = far[u];
         }
+        fetch(t0 + STEP);
 #pragma unroll
-        for (int u = 0; u < U; u++) {
+        for (int u = 0; u < STEP; u++) {
             float s[V];
 #pragma unroll
             for (int v = 0; v < V; v++) s[v] = bs[v];
@@ -50,12 +108,12 @@ KERNEL conv(const TA0* x, const TA1* w, const TA2* bias, const int* pos, const T
             if (act)
 #pragma unroll
                 for (int v = 0; v < V; v++) s[v] *= sigmoid_fast(s[v]);
-            if (t0 + u < to) store<V>(y + (b * T + t0 + u) * I + c, s);
+            if (t0 + u < to) put(y + (b * T + t0 + u) * I + c, s);
         }
 #pragma unroll
         for (int j = 0; j < PAST; j++)
 #pragma unroll
-            for (int v = 0; v < V; v++) h[j][v] = h[U + j][v];
+            for (int v = 0; v < V; v++) h[j][v] = h[STEP + j][v];
     }
 }
 // The last K-1 inputs become the state; ascending, so that older entries are read before they are overwritten.
@@ -76,31 +134,42 @@ KERNEL conv_bwd(const TA0* x, const TA1* w, const TA2* bias, const int* pos, con
     int c = (blockIdx.x * blockDim.x + threadIdx.x) * V, from = blockIdx.y * L, to = from + L < T ? from + L : T;
     if (c >= I) return;
     i64 b = blockIdx.z;
+    const i64 base = b * T * I + c;
+    const int end = to + K - 1 < T ? to + K - 1 : T;
     // g[PAST + u - j]: the gradient of the input at t0 + u - j.
-    float wt[K][V], bs[V], h[PAST + U][V], g[PAST + U][V], dw[K][V] = {}, db[V] = {};
+    float wt[K][V], bs[V], h[PAST + STEP][V], g[PAST + STEP][V], dw[K][V] = {}, db[V] = {};
+    Raw<TA0> next[STEP];
+    Raw<TA4> grad[STEP];
+    int far[STEP];
+    auto fetch = [&](int t0) {
+#pragma unroll
+        for (int u = 0; u < STEP; u++) {
+            bool on = t0 + u < end;
+            next[u].take(x + base + (i64)(t0 + u) * I, on);
+            grad[u].take(dy + base + (i64)(t0 + u) * I, on);
+            far[u] = pos && on ? pos[b * T + t0 + u] : K;
+        }
+    };
+    fetch(from);
     taps(wt, bs, w, bias, c);
 #pragma unroll
-    for (int j = 0; j < PAST + U; j++)
+    for (int j = 0; j < PAST + STEP; j++)
 #pragma unroll
         for (int v = 0; v < V; v++) h[j][v] = g[j][v] = 0;
 #pragma unroll
     for (int j = 0; j < K - 1; j++) input(h[PAST - 1 - j], x, (const TA4*)0, b, from - 1 - j, c, T, I);
-    for (int t0 = from; t0 < to + K - 1; t0 += U) {
-        float d[U][V];
-        int reach[U];
+    for (int t0 = from; t0 < to + K - 1; t0 += STEP) {
+        float d[STEP][V];
+        int reach[STEP];
 #pragma unroll
-        for (int u = 0; u < U; u++) {
-            int t = t0 + u;
-            bool on = t < to + K - 1 && t < T;
-            input(h[PAST + u], x, (const TA4*)0, b, on ? t : T, c, T, I);
-            if (on) load<V>(d[u], dy + (b * T + t) * I + c);
-            else
-#pragma unroll
-                for (int v = 0; v < V; v++) d[u][v] = 0;
-            reach[u] = pos && on ? pos[b * T + t] : K;
+        for (int u = 0; u < STEP; u++) {
+            next[u].open(h[PAST + u]);
+            grad[u].open(d[u]);
+            reach[u] = far[u];
         }
+        fetch(t0 + STEP);
 #pragma unroll
-        for (int u = 0; u < U; u++) {
+        for (int u = 0; u < STEP; u++) {
             int t = t0 + u;
             if (act) {
                 float s[V];
@@ -133,17 +202,17 @@ KERNEL conv_bwd(const TA0* x, const TA1* w, const TA2* bias, const int* pos, con
             }
             // What the token K-1 back gets is complete.
             int done = t - (K - 1);
-            if (done >= from && done < to) store<V>(dx + (b * T + done) * I + c, g[PAST + u - (K - 1)]);
+            if (done >= from && done < to) put(dx + base + (i64)done * I, g[PAST + u - (K - 1)]);
         }
 #pragma unroll
         for (int j = 0; j < PAST; j++)
 #pragma unroll
             for (int v = 0; v < V; v++) {
-                h[j][v] = h[U + j][v];
-                g[j][v] = g[U + j][v];
+                h[j][v] = h[STEP + j][v];
+                g[j][v] = g[STEP + j][v];
             }
 #pragma unroll
-        for (int j = PAST; j < PAST + U; j++)
+        for (int j = PAST; j < PAST + STEP; j++)
 #pragma unroll
             for (int v = 0; v < V; v++) g[j][v] = 0;
     }

@@ -1,21 +1,50 @@
 //! Launches of the causal convolution; sums over tokens in two stages, in a fixed order.
 
-use crate::record::{Args, DType, Recorder, THREADS, Tensor, define, flag, int};
-use crate::reduce::sum_parts;
+use crate::record::{Args, DType, Recorder, Tensor, aligned, define, flag, int};
+use crate::reduce::sum_parts_of_two;
 
-/// Threads of a block.
-const BLOCK: usize = 128;
+/// Tokens that a thread walks over, forward and backward: at most, and at least where that leaves too few threads.
+const RUN: (usize, usize) = (32, 8);
+const RUN_BWD: (usize, usize) = (128, 16);
 
-/// Tokens that a thread walks over, forward and backward.
-const RUN: usize = 32;
-const RUN_BWD: usize = 128;
+/// Threads of a block that keeps states.
+const STATE_BLOCK: usize = 256;
 
-/// Neighbouring channels of a thread: `most` where rows and addresses allow whole loads.
-fn channels(i: usize, most: usize, tensors: &[&Tensor]) -> usize {
-    let aligned = |t: &&Tensor| t.ptr.is_multiple_of(16);
-    match i.is_multiple_of(8) && tensors.iter().all(aligned) {
-        true => most,
-        false => 1,
+/// Threads for which runs and neighbouring channels are shortened: a quarter of what an H200 holds.
+const THREADS: usize = 132 * 512;
+
+/// How the work is divided.
+struct Shape {
+    /// Neighbouring channels of a thread.
+    channels: usize,
+    /// Tokens of a thread.
+    run: usize,
+    /// Threads of a block.
+    block: usize,
+    grid: [usize; 3],
+}
+
+/// For sizes B, T, I.
+fn shape((b, t, i): (usize, usize, usize), run: (usize, usize), tensors: &[&Tensor]) -> Shape {
+    let (mut channels, mut length) = match i.is_multiple_of(8) && aligned(tensors) {
+        true => (4, run.0),
+        false => (1, run.0),
+    };
+    while length > run.1 && i / channels * t.div_ceil(length) * b < THREADS {
+        length /= 2;
+        channels = channels.min(2);
+    }
+    let threads = i / channels;
+    // The size of blocks that leaves the fewest threads without channels.
+    let block = [128, 96, 160, 64, 32]
+        .into_iter()
+        .min_by_key(|&n| threads.next_multiple_of(n))
+        .unwrap_or(128);
+    Shape {
+        channels,
+        run: length,
+        block,
+        grid: [threads.div_ceil(block), t.div_ceil(length), b],
     }
 }
 
@@ -29,12 +58,12 @@ fn defines(a: &Args, channels: usize) -> Vec<(String, String)> {
 pub fn causal_conv1d(r: &mut Recorder, a: &Args, silu: bool) {
     let (x, state) = (a.arg(0), a.arg(4));
     let (t, i) = (x.size(1), x.size(2));
-    let v = channels(i, 8, &[x, a.res(0)]);
+    let s = shape((x.size(0), t, i), RUN, &[x, a.res(0)]);
     r.launch(
         ("causal_conv1d", "conv"),
-        defines(a, v),
-        [(i / v).div_ceil(BLOCK), t.div_ceil(RUN), x.size(0)],
-        BLOCK,
+        defines(a, s.channels),
+        s.grid,
+        s.block,
         vec![
             x.into(),
             a.arg(1).into(),
@@ -45,15 +74,15 @@ pub fn causal_conv1d(r: &mut Recorder, a: &Args, silu: bool) {
             int(t),
             int(i),
             flag(silu),
-            int(RUN),
+            int(s.run),
         ],
     );
     if !state.is_empty() && state.is_present() {
         r.launch(
             ("causal_conv1d", "conv_state"),
-            defines(a, v),
-            [(x.size(0) * i).div_ceil(THREADS), 1, 1],
-            THREADS,
+            defines(a, s.channels),
+            [(x.size(0) * i).div_ceil(STATE_BLOCK), 1, 1],
+            STATE_BLOCK,
             vec![x.into(), a.res(1).into(), int(x.size(0)), int(t), int(i)],
         );
     }
@@ -63,17 +92,16 @@ pub fn causal_conv1d(r: &mut Recorder, a: &Args, silu: bool) {
 pub fn causal_conv1d_bwd(r: &mut Recorder, a: &Args, silu: bool) {
     let (x, w, b, dy) = (a.arg(0), a.arg(1), a.arg(2), a.arg(4));
     let (t, i, k) = (x.size(1), x.size(2), w.size(1));
-    let v = channels(i, 4, &[x, dy, a.res(0)]);
-    let runs = t.div_ceil(RUN_BWD);
-    let n = runs * x.size(0);
+    let s = shape((x.size(0), t, i), RUN_BWD, &[x, dy, a.res(0)]);
+    let n = s.grid[1] * x.size(0);
     let stride = i * (k + 1);
     let mut part = r.scratch(DType::F32, n * stride);
     part.dims = vec![n, stride];
     r.launch(
         ("causal_conv1d", "conv_bwd"),
-        defines(a, v),
-        [(i / v).div_ceil(BLOCK), runs, x.size(0)],
-        BLOCK,
+        defines(a, s.channels),
+        s.grid,
+        s.block,
         vec![
             x.into(),
             w.into(),
@@ -85,11 +113,9 @@ pub fn causal_conv1d_bwd(r: &mut Recorder, a: &Args, silu: bool) {
             int(t),
             int(i),
             flag(silu),
-            int(RUN_BWD),
+            int(s.run),
         ],
     );
-    sum_parts(r, &part, 0, n, i * k, a.res(1));
-    if b.is_present() {
-        sum_parts(r, &part, i * k, n, i, a.res(2));
-    }
+    let second = if b.is_present() { i } else { 0 };
+    sum_parts_of_two(r, &part, 0, n, (i * k, second), (a.res(1), a.res(2)));
 }

@@ -1,69 +1,72 @@
-//! Launches of joining and splitting: one copy a part.
+//! Launches of joining and splitting: one copy of up to [`PARTS`] neighbouring parts.
 
-use crate::record::{Args, DType, Param, Recorder, THREADS, Tensor, int, long, over, types};
+use crate::record::{
+    Args, Param, Recorder, THREADS, Tensor, aligned, define, int, long, over, types,
+};
 
-/// Copies `[rows cols]` with these distances between rows, in elements.
-fn copy(
-    r: &mut Recorder,
-    dtype: DType,
-    (from, xs): (u64, usize),
-    (to, ys): (u64, usize),
-    rows: usize,
-    cols: usize,
-) {
-    r.launch(
-        ("concat", "copy_cols"),
-        types(&[("TA0", dtype)]),
-        over(rows * cols),
-        THREADS,
-        vec![
-            Param::Ptr(from),
-            long(xs),
-            Param::Ptr(to),
-            long(ys),
-            long(rows * cols),
-            int(cols),
-        ],
-    );
-}
+/// Parts of a launch; the source says the same.
+const PARTS: usize = 8;
 
-/// Address of column `c` of the first row.
-fn column(t: &Tensor, c: usize) -> u64 {
-    t.ptr + (c * t.dtype.bytes()) as u64
+/// Moves between parts and the columns of a whole that they are.
+fn move_cols(r: &mut Recorder, parts: &[&Tensor], whole: &Tensor, back: bool) {
+    let total = whole.last();
+    let mut at = 0;
+    let places: Vec<(&Tensor, usize)> = parts
+        .iter()
+        .map(|&t| {
+            at += t.last();
+            (t, at - t.last())
+        })
+        .filter(|(t, _)| !t.is_empty())
+        .collect();
+    for list in places.chunks(PARTS) {
+        let (first, last) = (list[0].1, list[list.len() - 1]);
+        let to = last.1 + last.0.last();
+        let per = 16 / whole.dtype.bytes();
+        let fits = aligned(&[whole])
+            && total.is_multiple_of(per)
+            && list
+                .iter()
+                .all(|(t, from)| aligned(&[t]) && from.is_multiple_of(per))
+            && to.is_multiple_of(per);
+        let per = if fits { per } else { 1 };
+        let padded = |words: Vec<u64>| {
+            let mut words = words;
+            words.resize(PARTS, 0);
+            words
+        };
+        let mut words = padded(list.iter().map(|(t, _)| t.ptr).collect());
+        words.extend(padded(list.iter().map(|(_, from)| *from as u64).collect()));
+        let cols = (to - first) / per;
+        let n = whole.rows() * cols;
+        let mut defines = types(&[("TA0", whole.dtype)]);
+        defines.extend([define("PER", per), define("BACK", u8::from(back))]);
+        r.launch(
+            ("concat", "move_cols"),
+            defines,
+            over(n),
+            THREADS,
+            vec![
+                Param::Words(words),
+                whole.into(),
+                long(n),
+                int(cols),
+                int(total),
+                int(list.len()),
+                int(to),
+            ],
+        );
+    }
 }
 
 /// `y` of `x...`.
 pub fn concat(r: &mut Recorder, a: &Args) {
-    let y = a.res(0);
-    let mut at = 0;
-    for x in a.args.iter().flatten() {
-        let n = x.last();
-        copy(
-            r,
-            x.dtype,
-            (x.ptr, n),
-            (column(y, at), y.last()),
-            y.rows(),
-            n,
-        );
-        at += n;
-    }
+    let parts: Vec<&Tensor> = a.args.iter().flatten().collect();
+    move_cols(r, &parts, a.res(0), false);
 }
 
 /// `y...` of `x`.
 pub fn split(r: &mut Recorder, a: &Args) {
-    let x = a.arg(0);
-    let mut at = 0;
-    for y in a.results {
-        let n = y.last();
-        copy(
-            r,
-            x.dtype,
-            (column(x, at), x.last()),
-            (y.ptr, n),
-            x.rows(),
-            n,
-        );
-        at += n;
-    }
+    let parts: Vec<&Tensor> = a.results.iter().collect();
+    move_cols(r, &parts, a.arg(0), true);
 }

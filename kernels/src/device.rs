@@ -139,12 +139,13 @@ impl BlasProduct {
             p.transposed,
             p.input.c_name(),
             p.output.c_name(),
-            match (p.beta_at, p.beta == 0.0) {
-                (0, true) => "=",
-                (0, false) => "+=",
+            match (p.beta_at, p.beta == 0.0, p.add) {
+                (0, true, _) => "=",
+                (0, false, 0) => "+=",
+                (0, false, _) => "+",
                 _ => "*=",
             },
-            [align(p.a), align(p.b), align(p.c)]
+            [align(p.a), align(p.b), align(p.c | p.add)]
         )
     }
 }
@@ -580,7 +581,7 @@ impl Device {
                 .and_then(|()| {
                     prefer(
                         P::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES,
-                        &align(p.c).to_ne_bytes(),
+                        &align(p.c | p.add).to_ne_bytes(),
                     )
                 })
                 .and_then(|()| {
@@ -756,7 +757,10 @@ impl Device {
                 p.layouts[0],
                 p.of.a as *const c_void,
                 p.layouts[1],
-                p.of.c as *const c_void,
+                match p.of.add {
+                    0 => p.of.c as *const c_void,
+                    add => add as *const c_void,
+                },
                 p.layouts[2],
                 p.of.c as *mut c_void,
                 p.layouts[2],

@@ -53,12 +53,16 @@ KERNEL delta_fwd(const TA0* q, const TA1* k, const TA2* v, const TA3* g, const T
         }
 }
 
-// States of a chunk are recomputed into hist[chunk][B H][N][P]. dq, dk, dg, dbeta sum over columns by atomic adds.
-KERNEL delta_bwd(const TA0* q, const TA1* k, const TA2* v, const TA3* g, const TA4* beta, const int* pos, const float* saved, const TA7* dout, float* dq, float* dk, TR2* dv, float* dg, float* dbeta, float* hist, int T, int G, int H, int N, int P, int chunk) {
+// States of a chunk are recomputed into hist[chunk][B H][N][P]. Sums over the columns of a block are made in a fixed order: each warp's by
+// shuffles, then those of the warps one after the other, in shared memory of two tokens in turn. Of block x they go to dq and dk at
+// [B T][H][x][N], to dg and dbeta at [B T][H][x].
+KERNEL __launch_bounds__(512) delta_bwd(const TA0* q, const TA1* k, const TA2* v, const TA3* g, const TA4* beta, const int* pos, const float* saved, const TA7* dout, float* dq, float* dk, TR2* dv, float* dg, float* dbeta, float* hist, int T, int G, int H, int N, int P, int chunk) {
     int lane = threadIdx.x % L, at = (blockIdx.x * blockDim.x + threadIdx.x) / L;
     bool on = at < P;
     int p = on ? at : 0, kh = blockIdx.y / (H / G), chunks = (T + chunk - 1) / chunk;
     i64 b = blockIdx.z, h = blockIdx.y, plane = (i64)gridDim.z * H * N * P, own = (b * H + h) * N * P + p;
+    extern __shared__ float shared[];
+    const int width = 2 * N + 2, warps = blockDim.x / 32, warp = threadIdx.x / 32;
     float ds[S];
 #pragma unroll
     for (int j = 0; j < S; j++) ds[j] = 0;
@@ -92,6 +96,7 @@ KERNEL delta_bwd(const TA0* q, const TA1* k, const TA2* v, const TA3* g, const T
             i64 row = b * T + t, th = row * H + h, kb = (row * G + kh) * N;
             float dec = pos && pos[row] == 0 ? 0.f : expf(ld(g, th)), bv = ld(beta, th), r = 0, dd = 0;
             float od = on ? ld(dout, th * P + p) : 0.f, sp[S];
+            float *sums = shared + (t & 1) * warps * width, *mine = sums + warp * width;
 #pragma unroll
             for (int j = 0; j < S; j++) {
                 int n = lane + L * j;
@@ -117,8 +122,8 @@ KERNEL delta_bwd(const TA0* q, const TA1* k, const TA2* v, const TA3* g, const T
                     dkn += __shfl_xor_sync(FULL, dkn, m);
                 }
                 if ((threadIdx.x & 31) < L && n < N) {
-                    atomicAdd(dq + kb + n, dqn);
-                    atomicAdd(dk + kb + n, dkn);
+                    mine[n] = dqn;
+                    mine[N + n] = dkn;
                 }
                 ds[j] += kv * dr;
                 dgv += ds[j] * sp[j];
@@ -127,10 +132,28 @@ KERNEL delta_bwd(const TA0* q, const TA1* k, const TA2* v, const TA3* g, const T
             dgv = warp_sum(on ? dgv : 0.f);
             float dbv = warp_sum(on && lane == 0 ? dd * err : 0.f);
             if ((threadIdx.x & 31) == 0) {
-                atomicAdd(dg + th, dgv);
-                atomicAdd(dbeta + th, dbv);
+                mine[2 * N] = dgv;
+                mine[2 * N + 1] = dbv;
+            }
+            __syncthreads();
+            for (int e = threadIdx.x; e < width; e += blockDim.x) {
+                float sum = 0;
+                for (int w = 0; w < warps; w++) sum += sums[w * width + e];
+                i64 at_ = th * gridDim.x + blockIdx.x;
+                if (e < N) dq[at_ * N + e] = sum;
+                else if (e < 2 * N) dk[at_ * N + e - N] = sum;
+                else (e == 2 * N ? dg : dbeta)[at_] = sum;
             }
             if (on && lane == 0) st(dv, th * P + p, bv * dd);
         }
+    }
+}
+// y[row][width] = the sum over `count` of part[row][count][width], in order.
+KERNEL delta_fold(const float* part, TR0* y, i64 n, int count, int width) {
+    for (i64 i = global_thread(); i < n; i += all_threads()) {
+        const float* p = part + i / width * count * width + i % width;
+        float s = 0;
+        for (int k = 0; k < count; k++) s += p[(i64)k * width];
+        st(y, i, s);
     }
 }

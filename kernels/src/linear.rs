@@ -15,6 +15,25 @@ pub(crate) struct Mat<'a> {
     pub(crate) transposed: bool,
 }
 
+/// `c = op(a) op(b) + add` with sizes m, n, k; nothing is added where `add` is absent.
+fn product_and(
+    r: &mut Recorder,
+    a: Mat,
+    b: Mat,
+    add: &Tensor,
+    c: &Tensor,
+    (m, n, k): (usize, usize, usize),
+) {
+    if !add.is_present() {
+        product(r, a, b, c, (m, n, k), 1.0, 0.0);
+    } else if k > 0 && add.dtype == c.dtype {
+        multiply(r, a, b, c, (m, n, k), (1.0, 1.0, 0), add.ptr);
+    } else {
+        convert(r, add, c);
+        product(r, a, b, c, (m, n, k), 1.0, 1.0);
+    }
+}
+
 /// `c = alpha op(a) op(b) + beta c` with sizes m, n, k. Operands of different types are widened first.
 pub(crate) fn product(
     r: &mut Recorder,
@@ -31,10 +50,10 @@ pub(crate) fn product(
         }
         return;
     }
-    multiply(r, a, b, c, (m, n, k), (alpha, beta, 0));
+    multiply(r, a, b, c, (m, n, k), (alpha, beta, 0), 0);
 }
 
-/// The same with the factors `(alpha, beta, beta_at)` of [`Product`].
+/// The same with the factors `(alpha, beta, beta_at)` and the address `add` of [`Product`].
 fn multiply(
     r: &mut Recorder,
     a: Mat,
@@ -42,6 +61,7 @@ fn multiply(
     c: &Tensor,
     (m, n, k): (usize, usize, usize),
     (alpha, beta, beta_at): (f32, f32, u64),
+    add: u64,
 ) {
     if m * n == 0 {
         return;
@@ -64,6 +84,15 @@ fn multiply(
         true => c.clone(),
         false => r.scratch(DType::F32, c.len()),
     };
+    let mut add = add;
+    if !direct && (beta != 0.0 || beta_at != 0) {
+        let old = Tensor {
+            ptr: if add == 0 { c.ptr } else { add },
+            ..c.clone()
+        };
+        convert(r, &old, &out);
+        add = 0;
+    }
     r.commands.push(Command::Product(Product {
         a: wa.ptr,
         b: wb.ptr,
@@ -75,6 +104,7 @@ fn multiply(
         alpha,
         beta,
         beta_at,
+        add,
     }));
     if !direct {
         convert(r, &out, c);
@@ -109,11 +139,11 @@ pub fn noise(r: &mut Recorder, ptr: u64, bytes: usize) {
     );
 }
 
-/// `y` of `x, w, b?`.
+/// `y` of `x, w, b?, add?`.
 pub fn linear(r: &mut Recorder, a: &Args) {
     let (x, w, b, y) = (a.arg(0), a.arg(1), a.arg(2), a.res(0));
     let (m, n, k) = (x.rows(), w.size(0), w.size(1));
-    product(r, plain(x), flipped(w), y, (m, n, k), 1.0, 0.0);
+    product_and(r, plain(x), flipped(w), a.arg(3), y, (m, n, k));
     if b.is_present() {
         r.launch(
             ("linear", "add_bias"),
@@ -125,11 +155,11 @@ pub fn linear(r: &mut Recorder, a: &Args) {
     }
 }
 
-/// `dx` of `dy, w`.
+/// `dx` of `dy, w, add?`.
 pub fn linear_dx(r: &mut Recorder, a: &Args) {
     let (dy, w) = (a.arg(0), a.arg(1));
     let sizes = (dy.rows(), w.size(1), w.size(0));
-    product(r, plain(dy), plain(w), a.res(0), sizes, 1.0, 0.0);
+    product_and(r, plain(dy), plain(w), a.arg(2), a.res(0), sizes);
 }
 
 /// `dw` of `x, dy, into?, beta?`, over rows from `start`.
@@ -146,6 +176,6 @@ pub fn linear_dw(r: &mut Recorder, a: &Args, start: usize) {
     match (beta.is_present(), rows) {
         (false, _) => product(r, a, b, &dw, sizes, 1.0, 0.0),
         (true, 0) => scale_into(r, &dw, beta),
-        (true, _) => multiply(r, a, b, &dw, sizes, (1.0, 1.0, beta.ptr)),
+        (true, _) => multiply(r, a, b, &dw, sizes, (1.0, 1.0, beta.ptr), 0),
     }
 }

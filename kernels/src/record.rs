@@ -211,7 +211,7 @@ pub struct Launch {
     pub params: Vec<Param>,
 }
 
-/// `c = alpha op(a) op(b) + beta c`, row-major, accumulated in f32.
+/// `c = alpha op(a) op(b) + beta d`, row-major, accumulated in f32; d is what c held or another matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Product {
     /// Address of a: `[m k]`, or `[k m]` when transposed.
@@ -230,10 +230,12 @@ pub struct Product {
     pub output: DType,
     /// Factor on the product.
     pub alpha: f32,
-    /// Factor on what c held; 0 never reads.
+    /// Factor on d; 0 never reads.
     pub beta: f32,
     /// Where the device keeps that factor, instead of `beta`; alpha is then 1. 0: it is `beta`.
     pub beta_at: u64,
+    /// Address of what is multiplied by that factor and added, `[m n]` of c's type; 0: what c held.
+    pub add: u64,
 }
 
 /// One thing to do, in stream order.
@@ -332,23 +334,6 @@ impl Recorder {
                 ptr: t.ptr,
                 bytes: t.bytes(),
             });
-        }
-    }
-
-    /// Zeroed f32 memory in which `t` can be summed: `t` itself when it is f32. [`Recorder::settle`] moves the sums to `t`.
-    pub(crate) fn sums_of(&mut self, t: &Tensor) -> Tensor {
-        let sums = match t.dtype {
-            DType::F32 => t.clone(),
-            DType::Bf16 | DType::F16 | DType::I32 => self.scratch(DType::F32, t.len()),
-        };
-        self.zero(&sums);
-        sums
-    }
-
-    /// See [`Recorder::sums_of`].
-    pub(crate) fn settle(&mut self, sums: &Tensor, t: &Tensor) {
-        if sums.ptr != t.ptr {
-            crate::cast::convert(self, sums, t);
         }
     }
 

@@ -7,12 +7,23 @@ KERNEL col_part(const TA0* x, float* part, i64 rows, i64 cols) {
     for (i64 r = from; r < to; r++) s += ld(x, r * cols + c);
     part[blockIdx.y * cols + c] = s;
 }
-KERNEL col_sum(const float* part, float* y, int chunks, i64 stride, i64 cols) {
-    i64 c = global_thread();
-    if (c >= cols) return;
+// Sums of columns over parts: a lane has a column, the warps of a block take parts in turn, and their sums are added in order. Block
+// (x, y) adds `per` parts from part y per on, for row y of the result; columns from `split` on go to `more`.
+KERNEL col_sum(const float* part, float* y, float* more, int parts, int per, i64 stride, i64 cols, i64 split) {
+    __shared__ float sums[32][33];
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int from = blockIdx.y * per, to = from + per < parts ? from + per : parts;
+    i64 c = (i64)blockIdx.x * 32 + lane;
     float s = 0;
-    for (int k = 0; k < chunks; k++) s += part[k * stride + c];
-    y[c] = s;
+    if (c < cols)
+#pragma unroll 8
+        for (int k = from + warp; k < to; k += warps) s += part[k * stride + c];
+    sums[warp][lane] = s;
+    __syncthreads();
+    if (warp || c >= cols) return;
+    for (int i = 1; i < warps; i++) s += sums[i][lane];
+    if (c < split) y[blockIdx.y * cols + c] = s;
+    else more[c - split] = s;
 }
 KERNEL row_sum(const TA0* x, float* y, i64 len) {
     float s = 0;

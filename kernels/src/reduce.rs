@@ -7,6 +7,9 @@ use crate::record::{
 /// Blocks of the first stage of a sum of everything.
 const BLOCKS: usize = 1024;
 
+/// Most parts that are added up at once.
+const PARTS: usize = 1024;
+
 /// `y[c] = sum_k part[k][from + c]` over `n` parts; the last dimension of `part` is the distance between parts, or `cols` when it has
 /// one dimension only.
 pub(crate) fn sum_parts(
@@ -17,22 +20,64 @@ pub(crate) fn sum_parts(
     cols: usize,
     y: &Tensor,
 ) {
+    sum_parts_of_two(r, part, from, n, (cols, 0), (y, &Tensor::ABSENT));
+}
+
+/// The same for two neighbouring ranges of columns.
+pub(crate) fn sum_parts_of_two(
+    r: &mut Recorder,
+    part: &Tensor,
+    from: usize,
+    n: usize,
+    (first, second): (usize, usize),
+    (y, more): (&Tensor, &Tensor),
+) {
+    let cols = first + second;
     let stride = if part.dims.len() > 1 {
         part.last()
     } else {
         cols
     };
+    let at = part.ptr + 4 * from as u64;
+    let per = n.div_ceil(n.div_ceil(PARTS).max(1)).max(1);
+    let rows = n.div_ceil(per);
+    if rows <= 1 {
+        add_up(r, (at, n, per, stride), cols, (y, more), first);
+        return;
+    }
+    let between = r.scratch(DType::F32, rows * cols);
+    add_up(
+        r,
+        (at, n, per, stride),
+        cols,
+        (&between, &Tensor::ABSENT),
+        cols,
+    );
+    add_up(r, (between.ptr, rows, rows, cols), cols, (y, more), first);
+}
+
+/// Rows of `per` of the `n` parts at an address, each `stride` from the next.
+fn add_up(
+    r: &mut Recorder,
+    (at, n, per, stride): (u64, usize, usize, usize),
+    cols: usize,
+    (y, more): (&Tensor, &Tensor),
+    split: usize,
+) {
     r.launch(
         ("reduce", "col_sum"),
         Vec::new(),
-        [cols.div_ceil(THREADS), 1, 1],
-        THREADS,
+        [cols.div_ceil(32), n.div_ceil(per).max(1), 1],
+        32 * per.min(32),
         vec![
-            Param::Ptr(part.ptr + 4 * from as u64),
+            Param::Ptr(at),
             y.into(),
+            more.into(),
             int(n),
+            int(per),
             long(stride),
             long(cols),
+            long(split),
         ],
     );
 }

@@ -1,4 +1,4 @@
-// gate: 0 none, 1 before, 2 after. A row is one group of `group` elements; `wlen` is the length of w (0: none).
+// Any sizes and addresses. gate: 0 none, 1 before, 2 after. A row is one group of `group` elements; `wlen` is the length of w (0: none).
 KERNEL rms_norm(const TA0* x, const TA1* w, const TA2* z, TR0* y, float* rstd, int group, int wlen, float eps, int zero_centered, int gate) {
     i64 base = (i64)blockIdx.x * group;
     float s = 0;
@@ -21,7 +21,7 @@ KERNEL rms_norm(const TA0* x, const TA1* w, const TA2* z, TR0* y, float* rstd, i
     }
 }
 
-KERNEL rms_norm_dx(const TA0* x, const TA1* w, const TA2* z, const float* rstd, const TA4* dy, TR0* dx, TA2* dz, int group, int wlen, int zero_centered, int gate) {
+KERNEL rms_norm_dx(const TA0* x, const TA1* w, const TA2* z, const float* rstd, const TA4* dy, const TA5* add, TR0* dx, TA2* dz, int group, int wlen, int zero_centered, int gate) {
     i64 base = (i64)blockIdx.x * group;
     i64 wbase = wlen ? base % wlen : 0;
     float r = rstd[blockIdx.x], s = 0;
@@ -47,7 +47,7 @@ KERNEL rms_norm_dx(const TA0* x, const TA1* w, const TA2* z, const float* rstd, 
             st(dz, base + i, dv * xv * dsilu(zv));
             dv *= silu(zv);
         }
-        st(dx, base + i, dv);
+        st(dx, base + i, add ? dv + ld(add, base + i) : dv);
     }
 }
 
@@ -66,114 +66,202 @@ KERNEL rms_norm_dw(const TA0* x, const TA2* z, const float* rstd, const TA4* dy,
     part[(i64)blockIdx.y * wlen + c] = s;
 }
 
-// The same with 8 elements a thread at a time: group and wlen are multiples of 8, all addresses of 16 bytes.
-KERNEL rms_norm8(const TA0* x, const TA1* w, const TA2* z, TR0* y, float* rstd, int group, int wlen, float eps, int zero_centered, int gate) {
-    i64 base = (i64)blockIdx.x * group;
-    float s = 0, xv[8], zv[8], wv[8];
-    for (int i = 8 * threadIdx.x; i < group; i += 8 * blockDim.x) {
-        ld8(x, base + i, xv);
-        if (gate) ld8(z, base + i, zv);
-#pragma unroll
-        for (int k = 0; k < 8; k++) {
-            if (gate) zv[k] = silu(zv[k]);
-            if (gate == 1) xv[k] *= zv[k];
-            s += xv[k] * xv[k];
-        }
+// The same in one pass: a row of `group` elements is held by the TEAM threads that share it, NV vectors of 8 elements each, and the next
+// row's loads are under way meanwhile. TEAM is a power of two up to 32, or a whole block of warps. group is a multiple of 8, all addresses
+// are of 16 bytes, and the number of teams is a multiple of the rows that a weight has: a thread meets the same weights in all its rows.
+#ifndef TEAM
+#define TEAM 32
+#endif
+#ifndef NV
+#define NV 1
+#endif
+#ifndef GATE
+#define GATE 0
+#endif
+#define BLOCK (TEAM > 32 ? TEAM : 256)
+// Blocks of a multiprocessor that registers are to suffice for; 0: whatever comes out.
+#ifndef HOLD
+#define HOLD 0
+#endif
+template <class T> struct Raw {
+    uint4 a;
+    __device__ __forceinline__ void take(const T* p, i64 i) { a = *(const uint4*)(p + i); }
+    __device__ __forceinline__ void open(float* r) const { ld8((const T*)&a, 0, r); }
+};
+template <> struct Raw<float> {
+    float4 a, b;
+    __device__ __forceinline__ void take(const float* p, i64 i) { a = *(const float4*)(p + i); b = *(const float4*)(p + i + 4); }
+    __device__ __forceinline__ void open(float* r) const {
+        r[0] = a.x; r[1] = a.y; r[2] = a.z; r[3] = a.w; r[4] = b.x; r[5] = b.y; r[6] = b.z; r[7] = b.w;
     }
-    s = block_sum(s);
-    float r = 1.f / sqrtf(s / group + eps);
-    if (threadIdx.x == 0) rstd[blockIdx.x] = r;
-    i64 wbase = wlen ? base % wlen : 0;
-    // What was loaded last is still there: with as many threads as vectors, everything is read once.
-    bool once = group <= 8 * blockDim.x;
-    for (int i = 8 * threadIdx.x; i < group; i += 8 * blockDim.x) {
-        if (!once) {
-            ld8(x, base + i, xv);
-            if (gate) ld8(z, base + i, zv);
+};
+// Every thread of a team gets the sum; `part` is another one in the next call.
+__device__ __forceinline__ float team_sum(float v, float* part) {
 #pragma unroll
-            for (int k = 0; k < 8; k++) {
-                if (gate) zv[k] = silu(zv[k]);
-                if (gate == 1) xv[k] *= zv[k];
+    for (int m = (TEAM < 32 ? TEAM : 32) / 2; m; m >>= 1) v += __shfl_xor_sync(FULL, v, m);
+    if (TEAM > 32) {
+        if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = v;
+        __syncthreads();
+        v = 0;
+#pragma unroll
+        for (int i = 0; i < TEAM / 32; i++) v += part[i];
+    }
+    return v;
+}
+KERNEL __launch_bounds__(BLOCK, HOLD) rms_norm_rows(const TA0* x, const TA1* w, const TA2* z, TR0* y, float* rstd, i64 rows, int group, int wlen, float eps, int zero_centered) {
+    __shared__ float part[2][32];
+    const int teams = blockDim.x / TEAM, team = threadIdx.x / TEAM, first = threadIdx.x % TEAM * 8;
+    const i64 step = (i64)gridDim.x * teams;
+    i64 row = (i64)blockIdx.x * teams + team;
+    const int wbase = wlen ? row * group % wlen : 0;
+    Raw<TA0> xr[NV];
+    Raw<TA2> zr[NV];
+    auto fetch = [&](i64 row) {
+#pragma unroll
+        for (int k = 0; k < NV; k++) {
+            int c = first + k * TEAM * 8;
+            if (row < rows && c < group) {
+                xr[k].take(x, row * group + c);
+                if (GATE) zr[k].take(z, row * group + c);
             }
         }
-        if (wlen) ld8(w, wbase + i, wv);
+    };
+    fetch(row);
+    for (int turn = 0; row - team < rows; row += step, turn ^= 1) {
+        float v[NV][8], zv[NV][8], s = 0;
 #pragma unroll
-        for (int k = 0; k < 8; k++) {
-            xv[k] *= r;
-            if (wlen) xv[k] *= wv[k] + zero_centered;
-            if (gate == 2) xv[k] *= zv[k];
+        for (int k = 0; k < NV; k++) {
+            bool on = row < rows && first + k * TEAM * 8 < group;
+            xr[k].open(v[k]);
+            if (GATE) zr[k].open(zv[k]);
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                if (GATE) zv[k][e] *= sigmoid_fast(zv[k][e]);
+                if (GATE == 1) v[k][e] *= zv[k][e];
+                s += on ? v[k][e] * v[k][e] : 0.f;
+            }
         }
-        st8(y, base + i, xv);
+        fetch(row + step);
+        s = team_sum(s, part[turn]);
+        float r = 1.f / sqrtf(s / group + eps);
+        if (row < rows && first == 0) rstd[row] = r;
+#pragma unroll
+        for (int k = 0; k < NV; k++) {
+            int c = first + k * TEAM * 8;
+            if (row < rows && c < group) {
+                float wv[8];
+                if (wlen) ld8(w, wbase + c, wv);
+#pragma unroll
+                for (int e = 0; e < 8; e++) {
+                    v[k][e] *= r;
+                    if (wlen) v[k][e] *= wv[e] + zero_centered;
+                    if (GATE == 2) v[k][e] *= zv[k][e];
+                }
+                st8(y, row * group + c, v[k]);
+            }
+        }
     }
 }
-
-KERNEL rms_norm_dx8(const TA0* x, const TA1* w, const TA2* z, const float* rstd, const TA4* dy, TR0* dx, TA2* dz, int group, int wlen, int zero_centered, int gate) {
-    i64 base = (i64)blockIdx.x * group;
-    i64 wbase = wlen ? base % wlen : 0;
-    float r = rstd[blockIdx.x], s = 0, xv[8], zv[8], gv[8], wv[8];
-    for (int i = 8 * threadIdx.x; i < group; i += 8 * blockDim.x) {
-        ld8(x, base + i, xv);
-        ld8(dy, base + i, gv);
-        if (gate) ld8(z, base + i, zv);
-        if (wlen) ld8(w, wbase + i, wv);
+// dx has `add` added to it, where there is one. part[team][group]: what the rows of each team give to dw.
+KERNEL __launch_bounds__(BLOCK, HOLD) rms_norm_bwd_rows(const TA0* x, const TA1* w, const TA2* z, const float* rstd, const TA4* dy, const TA5* add, TR0* dx, TA2* dz, float* part, i64 rows, int group, int wlen, int zero_centered) {
+    __shared__ float sums[2][32];
+    const int teams = blockDim.x / TEAM, team = threadIdx.x / TEAM, first = threadIdx.x % TEAM * 8;
+    const i64 step = (i64)gridDim.x * teams, own = (i64)blockIdx.x * teams + team;
+    const int wbase = wlen ? own * group % wlen : 0;
+    i64 row = own;
+    Raw<TA0> xr[NV];
+    Raw<TA4> gr[NV];
+    Raw<TA2> zr[NV];
+    float next = 0, dw[NV][8] = {};
+    auto fetch = [&](i64 row) {
+        if (row >= rows) return;
+        next = rstd[row];
 #pragma unroll
-        for (int k = 0; k < 8; k++) {
-            float v = xv[k], g = gv[k];
-            if (gate == 1) v *= silu(zv[k]);
-            if (wlen) g *= wv[k] + zero_centered;
-            if (gate == 2) g *= silu(zv[k]);
-            s += g * v * r;
-        }
-    }
-    s = block_sum(s) / group;
-    bool once = group <= 8 * blockDim.x;
-    for (int i = 8 * threadIdx.x; i < group; i += 8 * blockDim.x) {
-        if (!once) {
-            ld8(x, base + i, xv);
-            ld8(dy, base + i, gv);
-            if (gate) ld8(z, base + i, zv);
-            if (wlen) ld8(w, wbase + i, wv);
-        }
-#pragma unroll
-        for (int k = 0; k < 8; k++) {
-            float x0 = xv[k], v = x0, g = gv[k], zk = gate ? zv[k] : 0.f;
-            if (gate == 1) v *= silu(zk);
-            if (wlen) g *= wv[k] + zero_centered;
-            float n = v * r;
-            if (gate == 2) {
-                zv[k] = g * n * dsilu(zk);
-                g *= silu(zk);
+        for (int k = 0; k < NV; k++) {
+            int c = first + k * TEAM * 8;
+            if (c < group) {
+                xr[k].take(x, row * group + c);
+                gr[k].take(dy, row * group + c);
+                if (GATE) zr[k].take(z, row * group + c);
             }
-            float dv = r * (g - n * s);
-            if (gate == 1) {
-                zv[k] = dv * x0 * dsilu(zk);
-                dv *= silu(zk);
-            }
-            xv[k] = dv;
         }
-        if (gate) st8(dz, base + i, zv);
-        st8(dx, base + i, xv);
-    }
-}
-
-KERNEL rms_norm_dw8(const TA0* x, const TA2* z, const float* rstd, const TA4* dy, float* part, int group, int wlen, i64 rows, int gate) {
-    int c = 8 * (blockIdx.x * blockDim.x + threadIdx.x);
-    if (c >= wlen) return;
-    i64 per = (rows + gridDim.y - 1) / gridDim.y, from = blockIdx.y * per, to = from + per < rows ? from + per : rows;
-    int groups = wlen / group, mine = c / group;
-    float s[8] = {0, 0, 0, 0, 0, 0, 0, 0};
-#pragma unroll 4
-    for (i64 row = from; row < to; row++) {
-        float xv[8], gv[8], zv[8], r = rstd[row * groups + mine];
-        ld8(x, row * wlen + c, xv);
-        ld8(dy, row * wlen + c, gv);
-        if (gate) ld8(z, row * wlen + c, zv);
+    };
+    fetch(row);
+    for (int turn = 0; row - team < rows; row += step, turn ^= 1) {
+        Raw<TA0> xc[NV];
+        Raw<TA4> gc[NV];
+        Raw<TA2> zc[NV];
+        Raw<TA5> ac[NV];
+        float r = next, s = 0;
 #pragma unroll
-        for (int k = 0; k < 8; k++) {
-            float v = xv[k] * r * gv[k];
-            if (gate) v *= silu(zv[k]);
-            s[k] += v;
+        for (int k = 0; k < NV; k++) {
+            xc[k] = xr[k];
+            gc[k] = gr[k];
+            if (GATE) zc[k] = zr[k];
+            int c = first + k * TEAM * 8;
+            if (add && row < rows && c < group) ac[k].take(add, row * group + c);
+        }
+        fetch(row + step);
+#pragma unroll
+        for (int k = 0; k < NV; k++) {
+            int c = first + k * TEAM * 8;
+            if (row < rows && c < group) {
+                float xv[8], g[8], zv[8], wv[8];
+                xc[k].open(xv);
+                gc[k].open(g);
+                if (GATE) zc[k].open(zv);
+                if (wlen) ld8(w, wbase + c, wv);
+#pragma unroll
+                for (int e = 0; e < 8; e++) {
+                    float n = xv[e] * r;
+                    if (GATE) n *= zv[e] * sigmoid_fast(zv[e]);
+                    n *= g[e];
+                    dw[k][e] += n;
+                    s += wlen ? n * (wv[e] + zero_centered) : n;
+                }
+            }
+        }
+        s = team_sum(s, sums[turn]) / group;
+#pragma unroll
+        for (int k = 0; k < NV; k++) {
+            int c = first + k * TEAM * 8;
+            if (row < rows && c < group) {
+                float xv[8], g[8], zv[8], wv[8];
+                xc[k].open(xv);
+                gc[k].open(g);
+                if (GATE) zc[k].open(zv);
+                if (wlen) ld8(w, wbase + c, wv);
+#pragma unroll
+                for (int e = 0; e < 8; e++) {
+                    float sg = GATE ? sigmoid_fast(zv[e]) : 0.f, gate = zv[e] * sg, slope = sg + gate * (1.f - sg);
+                    if (wlen) g[e] *= wv[e] + zero_centered;
+                    float n = xv[e] * r;
+                    if (GATE == 1) n *= gate;
+                    if (GATE == 2) {
+                        zv[e] = g[e] * n * slope;
+                        g[e] *= gate;
+                    }
+                    float d = r * (g[e] - n * s);
+                    if (GATE == 1) {
+                        zv[e] = d * xv[e] * slope;
+                        d *= gate;
+                    }
+                    xv[e] = d;
+                }
+                if (add) {
+                    ac[k].open(g);
+#pragma unroll
+                    for (int e = 0; e < 8; e++) xv[e] += g[e];
+                }
+                if (GATE) st8(dz, row * group + c, zv);
+                st8(dx, row * group + c, xv);
+            }
         }
     }
-    st8(part, (i64)blockIdx.y * wlen + c, s);
+    if (part)
+#pragma unroll
+        for (int k = 0; k < NV; k++) {
+            int c = first + k * TEAM * 8;
+            if (c < group) st8(part, own * group + c, dw[k]);
+        }
 }

@@ -412,6 +412,96 @@ fn norms() {
     });
 }
 
+/// Rows in vectors of 8, shared by a part of a warp, a warp and a block, more of them than there are blocks; gradients by their formula.
+#[test]
+fn norms_over_many_rows() {
+    with_device(|g| {
+        for (rows, l, group, wlen, gate, zc, add) in [
+            (9001, 64, 64, 64, 0, false, false),
+            (4501, 48, 24, 48, 2, true, true),
+            (300, 1056, 264, 264, 1, false, true),
+            (1301, 1288, 1288, 1288, 0, false, true),
+            (601, 2056, 2056, 2056, 1, false, false),
+            (7, 4104, 4104, 4104, 2, true, true),
+            (130, 1288, 1288, 0, 1, false, false),
+        ] {
+            let op = RmsNorm {
+                eps: 1e-5,
+                group,
+                zero_centered: zc,
+                gate,
+            };
+            let n = rows * l;
+            let wide = [rows, l];
+            let (x, dy) = (g.f(1, &wide), g.f(4, &wide));
+            let w = if wlen > 0 { g.s(2, &[wlen]) } else { No };
+            let z = if gate > 0 { g.f(3, &wide) } else { No };
+            let more = if add { g.f(5, &wide) } else { No };
+            let a = data(&[x.clone(), w.clone(), z.clone(), dy.clone(), more.clone()]);
+            let weight = |e: usize| match wlen {
+                0 => 1.0,
+                _ => a[1][e % l % wlen] + f64::from(u8::from(zc)),
+            };
+            let gate_of = |e: usize, at: i32| if gate == at { silu(a[2][e]) } else { 1.0 };
+            let slope = |e: usize| {
+                let s = sigmoid(a[2][e]);
+                s * (1.0 + a[2][e] * (1.0 - s))
+            };
+            let (mut y, mut dx, mut dz) = (vec![0.0; n], vec![0.0; n], vec![0.0; n]);
+            let mut dw = vec![0.0; wlen];
+            for b in (0..n).step_by(group) {
+                let at = b..b + group;
+                let v: V = at.clone().map(|e| a[0][e] * gate_of(e, 1)).collect();
+                let ms = v.iter().map(|v| v * v).sum::<f64>() / group as f64;
+                let r = 1.0 / (ms + 1e-5).sqrt();
+                let d: V = at
+                    .clone()
+                    .map(|e| a[3][e] * weight(e) * gate_of(e, 2))
+                    .collect();
+                let s = v.iter().zip(&d).map(|(v, d)| v * r * d).sum::<f64>() / group as f64;
+                for e in at {
+                    let (v, d) = (v[e - b], d[e - b]);
+                    y[e] = v * r * weight(e) * gate_of(e, 2);
+                    let dv = r * (d - v * r * s);
+                    dx[e] = dv * gate_of(e, 1) + if add { a[4][e] } else { 0.0 };
+                    dz[e] = match gate {
+                        0 => 0.0,
+                        1 => dv * a[0][e] * slope(e),
+                        _ => a[3][e] * weight(e) * v * r * slope(e),
+                    };
+                    if wlen > 0 {
+                        dw[e % l % wlen] += a[3][e] * v * r * gate_of(e, 2);
+                    }
+                }
+            }
+            let rstd = vec![rows, l / group];
+            let args = [x.clone(), w.clone(), z.clone()];
+            let out = g.run(&args, &[R::F(wide.to_vec()), R::S(rstd.clone())], |r, a| {
+                rms_norm(r, a, &op)
+            });
+            g.close("rms_norm", &out[0], &y);
+            let mut results = vec![R::F(wide.to_vec())];
+            let mut want = vec![dx];
+            if wlen > 0 {
+                results.push(R::S(vec![wlen]));
+                want.push(dw);
+            }
+            if gate > 0 {
+                results.push(R::F(wide.to_vec()));
+                want.push(dz);
+            }
+            let d = g.run(
+                &[x, w, z, S(rstd, out[1].clone()), dy, more],
+                &results,
+                |r, a| rms_norm_bwd(r, a, &op),
+            );
+            for (got, want) in d.iter().zip(&want) {
+                g.close("rms_norm_bwd", got, want);
+            }
+        }
+    });
+}
+
 #[test]
 fn convolution() {
     with_device(|g| {
@@ -502,6 +592,51 @@ fn convolution() {
         }
         g.close("conv state", &y, &whole[0]);
         g.close("conv state", &state, &whole[1]);
+    });
+}
+
+/// As wide and as narrow as layers are: long and short runs; gradients by their formula.
+#[test]
+fn convolution_of_many_and_few_channels() {
+    with_device(|g| {
+        for (b, t, i, k) in [(2, 1101, 4104, 4), (3, 517, 128, 4), (1, 300, 20, 4)] {
+            let pos: Vec<i32> = (0..b * t).map(|e| (e % t % 61) as i32).collect();
+            let (x, dy) = (g.f(1, &[b, t, i]), g.f(4, &[b, t, i]));
+            let (w, bias) = (g.s(2, &[i, k]), g.s(3, &[i]));
+            let pos = I(vec![b, t], pos);
+            let a = data(&[x.clone(), w.clone(), bias.clone(), pos.clone(), dy.clone()]);
+            let n = b * t * i;
+            let (mut y, mut dx) = (vec![0.0; n], vec![0.0; n]);
+            let (mut dw, mut db) = (vec![0.0; i * k], vec![0.0; i]);
+            for e in 0..n {
+                let (row, c) = (e / i, e % i);
+                let reach = (k - 1).min(row % t).min(a[3][row] as usize);
+                let tap = |j: usize| a[1][c * k + k - 1 - j];
+                let s = a[2][c] + (0..=reach).map(|j| tap(j) * a[0][e - j * i]).sum::<f64>();
+                let sg = sigmoid(s);
+                y[e] = s * sg;
+                let d = a[4][e] * sg * (1.0 + s * (1.0 - sg));
+                db[c] += d;
+                for j in 0..=reach {
+                    dx[e - j * i] += d * tap(j);
+                    dw[c * k + k - 1 - j] += d * a[0][e - j * i];
+                }
+            }
+            let wide = vec![b, t, i];
+            let args = [x, w, bias, pos, dy];
+            let got = g.run(&args[..4], &[R::F(wide.clone())], |r, a| {
+                causal_conv1d(r, a, true)
+            });
+            g.close("conv", &got[0], &y);
+            let got = g.run(
+                &args,
+                &[R::F(wide), R::S(vec![i, k]), R::S(vec![i])],
+                |r, a| causal_conv1d_bwd(r, a, true),
+            );
+            for (got, want) in got.iter().zip([&dx, &dw, &db]) {
+                g.close("conv_bwd", got, want);
+            }
+        }
     });
 }
 
@@ -1752,40 +1887,45 @@ fn moves_sums_and_updates() {
         );
         g.close("rope back", &back[0], &qv);
         // A step of the optimiser.
-        let n = 30;
-        let (p, gr) = (g.f(4, &[n]), g.s(5, &[n]));
-        let d = data(&[p.clone(), gr.clone()]);
-        let op = AdamW {
-            betas: (0.9, 0.999),
-            eps: 1e-8,
-            clip: 1.0,
-            tensors: vec![(0.1, 2.0)],
-        };
-        let out = g.run(
-            &[
-                S(vec![1], vec![0.01]),
-                S(vec![1], vec![1.0]),
-                S(vec![1], vec![4.0]),
-                p,
-                gr,
-                S(vec![n], vec![0.0; n]),
-                S(vec![n], vec![0.0; n]),
-            ],
-            &[R::Arg(3), R::Arg(5), R::Arg(6)],
-            |r, a| adamw(r, a, &op),
-        );
-        let want: V = (0..n)
-            .map(|i| {
-                let x = d[1][i] / 4.0;
-                d[0][i] - 0.02 * (x / (x.abs() + 1e-8) + 0.1 * d[0][i])
-            })
-            .collect();
-        g.close("adamw", &out[0], &want);
-        g.close(
-            "adamw m",
-            &out[1],
-            &d[1].iter().map(|x| 0.1 * x / 4.0).collect::<V>(),
-        );
+        for (n, master) in [(30, false), (30, true), (64, true)] {
+            let p = if master { g.s(4, &[n]) } else { g.f(4, &[n]) };
+            let gr = g.s(5, &[n]);
+            let d = data(&[p.clone(), gr.clone()]);
+            let op = AdamW {
+                betas: (0.9, 0.999),
+                eps: 1e-8,
+                clip: 1.0,
+                tensors: vec![(0.1, 2.0)],
+                copies: vec![0],
+            };
+            let out = g.run(
+                &[
+                    S(vec![1], vec![0.01]),
+                    S(vec![1], vec![1.0]),
+                    S(vec![1], vec![4.0]),
+                    p,
+                    gr,
+                    S(vec![n], vec![0.0; n]),
+                    S(vec![n], vec![0.0; n]),
+                    F(vec![n], vec![0.0; n]),
+                ],
+                &[R::Arg(3), R::Arg(5), R::Arg(6), R::Arg(7)],
+                |r, a| adamw(r, a, &op),
+            );
+            let want: V = (0..n)
+                .map(|i| {
+                    let x = d[1][i] / 4.0;
+                    d[0][i] - 0.02 * (x / (x.abs() + 1e-8) + 0.1 * d[0][i])
+                })
+                .collect();
+            g.close("adamw", &out[0], &want);
+            g.close("adamw copy", &out[3], &want);
+            g.close(
+                "adamw m",
+                &out[1],
+                &d[1].iter().map(|x| 0.1 * x / 4.0).collect::<V>(),
+            );
+        }
         // An elementwise program: silu(x0) * x1 + 2 x2, x1 by column, x2 by row.
         let program = Program {
             code: vec![

@@ -40,10 +40,17 @@ struct Step {
     shrink: f32,
 }
 
-/// Chunks of p, g, m, v and the constants of their tensor.
-type Task<'a> = (Step, &'a mut [f32], &'a [f32], &'a mut [f32], &'a mut [f32]);
+/// Chunks of p, g, m, v, of the copy of p where there is one, and the constants of their tensor.
+type Task<'a> = (
+    Step,
+    &'a mut [f32],
+    &'a [f32],
+    &'a mut [f32],
+    &'a mut [f32],
+    &'a mut [f32],
+);
 
-/// `p`, `m`, `v` in place.
+/// `p`, `m`, `v` and copies of `p` in place.
 pub(super) fn adamw(op: &AdamW, a: &Args, r: &mut Results, cx: &Cx) {
     let (lr, step, norm) = (f64::from(a.f(0)[0]), f64::from(a.f(1)[0]), a.f(2)[0]);
     if !norm.is_finite() {
@@ -69,13 +76,24 @@ pub(super) fn adamw(op: &AdamW, a: &Args, r: &mut Results, cx: &Cx) {
         };
         let g = a.f(4 + 4 * i).chunks(TASK);
         let (p, m, v) = (r.take_f(3 * i), r.take_f(3 * i + 1), r.take_f(3 * i + 2));
+        let copy = op.copies.iter().position(|&c| c == i);
+        let mut copy = copy
+            .map_or(&mut [][..], |c| r.take_f(3 * op.tensors.len() + c))
+            .chunks_mut(TASK);
         let chunks = p
             .chunks_mut(TASK)
             .zip(g)
             .zip(m.chunks_mut(TASK).zip(v.chunks_mut(TASK)));
-        tasks.extend(chunks.map(|((p, g), (m, v))| (constants, p, g, m, v)));
+        tasks.extend(
+            chunks.map(|((p, g), (m, v))| (constants, p, g, m, v, copy.next().unwrap_or_default())),
+        );
     }
-    cx.for_each(tasks, |_, (s, p, g, m, v): Task, _| update(s, p, g, m, v));
+    cx.for_each(tasks, |_, (s, p, g, m, v, copy): Task, _| {
+        update(s, p, g, m, v);
+        if !copy.is_empty() {
+            copy.copy_from_slice(p);
+        }
+    });
 }
 
 simd! {
@@ -137,6 +155,7 @@ mod tests {
                 lr_scale: 1.0,
             }];
             let op = AdamW {
+                copies: Vec::new(),
                 betas: (0.9, 0.95),
                 eps: 1e-8,
                 clip: Some(1.0),
@@ -163,6 +182,7 @@ mod tests {
             (Some(1.0), 0.5, 1000.0),
         ] {
             let op = AdamW {
+                copies: Vec::new(),
                 betas: (0.9, 0.95),
                 eps: 1e-8,
                 clip,

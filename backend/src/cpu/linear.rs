@@ -4,18 +4,29 @@ use super::matmul::{Mat, MatMut, par_matmul};
 use super::tensor::{Args, Cx, Results};
 use marimba_ir::op::{Linear, LinearDw, LinearDx};
 
-/// `y [R N] = x [R K] w^T [K N] (+ b)`.
+/// `y [R N] = x [R K] w^T [K N] (+ b) (+ add)`.
 pub(super) fn linear(_: &Linear, a: &Args, r: &mut Results, cx: &Cx) {
     let (n, k) = (a.ty(1).size(0), a.ty(1).size(1));
     let rows = r.ty(0).len() / n.max(1);
     let y = r.take_f(0);
-    let mut beta = 0.0;
-    if let Some(b) = a.opt_f(2) {
-        for row in y.chunks_exact_mut(n.max(1)) {
-            row.copy_from_slice(b);
+    let beta = start(y, a.opt_f(3));
+    let beta = match (a.opt_f(2), beta) {
+        (Some(b), 0.0) => {
+            for row in y.chunks_exact_mut(n.max(1)) {
+                row.copy_from_slice(b);
+            }
+            1.0
         }
-        beta = 1.0;
-    }
+        (Some(b), _) => {
+            for row in y.chunks_exact_mut(n.max(1)) {
+                for (y, b) in row.iter_mut().zip(b) {
+                    *y += b;
+                }
+            }
+            1.0
+        }
+        (None, beta) => beta,
+    };
     par_matmul(
         cx,
         MatMut::new(y, rows, n),
@@ -26,14 +37,27 @@ pub(super) fn linear(_: &Linear, a: &Args, r: &mut Results, cx: &Cx) {
     );
 }
 
-/// `dx [R K] = dy [R N] w [N K]`.
+/// What a product is to be added to; the factor on it: 0 where there is nothing.
+fn start(y: &mut [f32], add: Option<&[f32]>) -> f32 {
+    match add {
+        Some(add) => {
+            y.copy_from_slice(add);
+            1.0
+        }
+        None => 0.0,
+    }
+}
+
+/// `dx [R K] = dy [R N] w [N K] (+ add)`.
 pub(super) fn linear_dx(_: &LinearDx, a: &Args, r: &mut Results, cx: &Cx) {
     let (n, k) = (a.ty(1).size(0), a.ty(1).size(1));
     let rows = r.ty(0).len() / k.max(1);
+    let dx = r.take_f(0);
+    let beta = start(dx, a.opt_f(2));
     par_matmul(
         cx,
-        MatMut::new(r.take_f(0), rows, k),
-        0.0,
+        MatMut::new(dx, rows, k),
+        beta,
         1.0,
         Mat::new(a.f(0), rows, n),
         Mat::new(a.f(1), n, k),
@@ -84,7 +108,8 @@ mod tests {
             for with_bias in [false, true] {
                 let tb = with_bias
                     .then(|| (Type::f32(dims![I n]), crate::HostTensor::F32(bias.clone())));
-                let y = run(Linear, &[f(tx.clone(), &x), f(tw.clone(), &w), tb]);
+                let args = [f(tx.clone(), &x), f(tw.clone(), &w), tb];
+                let y = run(Linear, &args);
                 let want: Vec<f64> = (0..rows * n)
                     .map(|e| {
                         let (r, j) = (e / n, e % n);
@@ -93,6 +118,15 @@ mod tests {
                             .map(|p| f64::from(x[r * k + p]) * f64::from(w[j * k + p]))
                             .sum::<f64>()
                     })
+                    .collect();
+                close(floats(&y[0]), &want, 1e-5);
+                // And with a matrix added.
+                let [x, w, b] = args;
+                let y = run(Linear, &[x, w, b, f(ty.clone(), &dy)]);
+                let want: Vec<f64> = want
+                    .iter()
+                    .zip(&dy)
+                    .map(|(y, a)| y + f64::from(*a))
                     .collect();
                 close(floats(&y[0]), &want, 1e-5);
             }
@@ -105,6 +139,13 @@ mod tests {
                 })
                 .collect();
             close(floats(&dx[0]), &want, 1e-5);
+            let args = [f(ty.clone(), &dy), f(tw.clone(), &w), f(tx.clone(), &x)];
+            let want: Vec<f64> = want
+                .iter()
+                .zip(&x)
+                .map(|(y, a)| y + f64::from(*a))
+                .collect();
+            close(floats(&run(LinearDx, &args)[0]), &want, 1e-5);
             let dw: Vec<f64> = (0..n * k)
                 .map(|e| {
                     (0..rows)

@@ -111,11 +111,12 @@ simd! {
     }
 }
 
-/// `dx`, `dw`, `dz`.
+/// `dx` (with `add` added), `dw`, `dz`.
 pub(super) fn rms_norm_bwd(op: &RmsNormBwd, a: &Args, r: &mut Results, cx: &Cx) {
     let s = shape(&op.of, a.ty(0).last());
     let w = weight_or_one(a.opt_f(1), s);
     let (x, z, rstd, dy) = (a.f(0), a.opt_f(2), a.f(3), a.f(4));
+    let add = a.opt_f(5);
     let groups = s.width / s.group;
     let rows = rows_per_task(a.ty(0).rows(), s.width);
     let n_tasks = a.ty(0).rows().div_ceil(rows);
@@ -165,6 +166,11 @@ pub(super) fn rms_norm_bwd(op: &RmsNormBwd, a: &Args, r: &mut Results, cx: &Cx) 
                     v,
                     dn,
                 );
+                if let Some(add) = add {
+                    for (d, &a) in dx.iter_mut().zip(&add[at..at + n]) {
+                        *d += a;
+                    }
+                }
             },
         );
     }
@@ -343,16 +349,19 @@ mod tests {
                     close(floats(&out[1]), &rstd, 2e-6);
                     let trstd = Type::f32(dims![T rows, G width / group]);
                     let bwd = RmsNormBwd { of: op.clone() };
-                    let d = run(
-                        bwd,
-                        &[
-                            f(ty.clone(), &x),
-                            aw,
-                            az,
-                            f(trstd, floats(&out[1])),
-                            f(ty.clone(), &dy),
-                        ],
-                    );
+                    let mut args = vec![
+                        f(ty.clone(), &x),
+                        aw,
+                        az,
+                        f(trstd, floats(&out[1])),
+                        f(ty.clone(), &dy),
+                    ];
+                    let d = run(bwd.clone(), &args);
+                    args.push(f(ty.clone(), &dy));
+                    let more = run(bwd, &args);
+                    for ((m, d), dy) in floats(&more[0]).iter().zip(floats(&d[0])).zip(&dy) {
+                        assert_eq!(*m, d + dy);
+                    }
                     let (wx, ww, wz) = (wide(&x), wide(&w), wide(&z));
                     check_grad(floats(&d[0]), &x, |x| dot64(&refer(x, &ww, &wz).0, &dy));
                     if has_w {

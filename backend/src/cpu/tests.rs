@@ -122,6 +122,7 @@ fn model(optimiser: bool) -> Graph {
             args.extend([param, grad, m, v].map(Some));
         }
         let op = AdamW {
+            copies: Vec::new(),
             betas: (0.9, 0.95),
             eps: 1e-8,
             clip: Some(1.0),

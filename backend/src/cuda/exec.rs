@@ -94,6 +94,7 @@ pub(super) fn record(
                     .iter()
                     .map(|t| (t.decay as f32, t.lr_scale as f32))
                     .collect(),
+                copies: op.copies.clone(),
             };
             k::adamw(r, a, &op);
         }

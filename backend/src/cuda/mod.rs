@@ -267,12 +267,7 @@ fn check_bounds(g: &Graph, plan: &Plan) -> Result<(), BackendError> {
 }
 
 /// Whether the launchers can run this node.
-fn check_node(
-    op: &Op,
-    path: &str,
-    types: &[Option<Type>],
-    deterministic: bool,
-) -> Result<(), BackendError> {
+fn check_node(op: &Op, path: &str, types: &[Option<Type>]) -> Result<(), BackendError> {
     let refuse = |why: String| {
         Err(BackendError::Unsupported {
             op: op.name(),
@@ -287,11 +282,6 @@ fn check_node(
             if p > 256 {
                 return refuse(format!("heads of {p} channels; at most 256 are possible"));
             }
-        }
-        Op::GatedDeltaBwd(_) if deterministic => {
-            return refuse(
-                "the device decides the order of its sums; set deterministic: false".into(),
-            );
         }
         Op::Route(r) if r.n_groups > 256 => {
             return refuse(format!(
@@ -619,7 +609,7 @@ impl Engine for CudaEngine {
                 .iter()
                 .map(|a| a.map(|v| graph.ty(v).clone()))
                 .collect();
-            check_node(&node.op, &node.path, &types, self.deterministic)?;
+            check_node(&node.op, &node.path, &types)?;
         }
         let target = self.target();
         let scratch = scratch_bytes(&graph, &plan, target);

@@ -31,7 +31,7 @@ pub(super) fn adamw<E: Dtype, D: Device<E>>(
     let average = |old: &Var<E, D>, new: &Var<E, D>, beta: f64| -> Res<Var<E, D>> {
         cx.add(&cx.scale(old, beta)?, &cx.scale(new, 1.0 - beta)?)
     };
-    let mut out = Vec::new();
+    let mut out: Vec<Value<E, D>> = Vec::new();
     for (i, tensor) in op.tensors.iter().enumerate() {
         let [p, g, m, v] = [0, 1, 2, 3].map(|k| a.var(3 + 4 * i + k));
         if !norm.is_finite() {
@@ -52,6 +52,9 @@ pub(super) fn adamw<E: Dtype, D: Device<E>>(
             &cx.scale(&ratio, lr)?,
         )?;
         out.extend([p.into(), m.into(), v.into()]);
+    }
+    for &i in &op.copies {
+        out.push(out[3 * i].clone());
     }
     Ok(out)
 }

@@ -1,4 +1,4 @@
-//! `y = x w^T + b` as dfdx's matrix product. The contract is `marimba_ir::op::Linear`'s.
+//! `y = x w^T + b + add` as dfdx's matrix product. The contract is `marimba_ir::op::Linear`'s.
 
 use super::tape::{Args, Cx, Res, Value, Var};
 use dfdx::prelude::{Device, Dtype};
@@ -23,6 +23,10 @@ pub(super) fn linear<E: Dtype, D: Device<E>>(
     let y = product(cx, a.var(0)?, a.var(1)?)?;
     let y = match a.opt(2) {
         Some(b) => cx.add_mid(&y, b, (1, y.rows(), y.last()))?,
+        None => y,
+    };
+    let y = match a.opt(3) {
+        Some(add) => cx.add(&y, add)?,
         None => y,
     };
     Ok(vec![y.into()])

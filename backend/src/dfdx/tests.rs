@@ -953,6 +953,7 @@ fn stat_counts() {
 fn adamw_steps() {
     let (p, g, m, v) = (0.5, -3.0, 0.2, 0.3);
     let op = AdamW {
+        copies: Vec::new(),
         betas: (0.9, 0.99),
         eps: 1e-8,
         clip: Some(1.0),
@@ -1048,6 +1049,7 @@ fn tiny() -> Graph {
     let norm = g.push(GlobalNorm, vec![Some(grad)], &u).unwrap()[0];
     g.outputs.push(("grad_norm".into(), norm));
     let op = AdamW {
+        copies: Vec::new(),
         betas: (0.9, 0.95),
         eps: 1e-8,
         clip: Some(1.0),

@@ -1,7 +1,7 @@
 //! Mamba-2 mixer (Dao and Gu 2024, arXiv 2405.21060, figure 6): project once, convolve x, B and C, scan, gate and norm, project.
 
 use super::{Cx, output_init};
-use crate::op::{Gate, Pointwise, RmsNorm, Ssd, Un};
+use crate::op::{Gate, Pointwise, RmsNorm, Split, Ssd, Un};
 use crate::{ParamInit, Type, TypeError, ValueId, dims};
 use marimba_dsl::model::{GatedNorm, Mamba2 as Spec};
 
@@ -37,9 +37,13 @@ pub(super) fn lower(
     };
     let z = section(cx, 0, i, mz)?;
     let x = section(cx, i, i, mx)?;
-    let b = section(cx, 2 * i, gn, mb)?;
-    let c = section(cx, 2 * i + gn, gn, mc)?;
-    let dt = section(cx, 2 * i + 2 * gn, h, mdt)?;
+    // B, C and dt are narrow: one product that is split by copying costs less than three that each read u and make its gradient.
+    let narrow = cx.section(u, in_proj, bias, 2 * i, 2 * gn + h)?;
+    let sizes = dims![I gn, I gn, I h].to_vec();
+    let parts = cx.push(Split { sizes }, vec![Some(narrow)])?;
+    let b = cx.scale(parts[0], mb)?;
+    let c = cx.scale(parts[1], mc)?;
+    let dt = cx.scale(parts[2], mdt)?;
 
     // torch's default for Conv1d: uniform within 1/sqrt(fan_in), fan_in = K for a depthwise convolution.
     let bound = 1.0 / (spec.d_conv as f64).sqrt();

@@ -1,6 +1,6 @@
 //! The optimiser's graph: global gradient norm, then AdamW over all trainable parameters. Runs once per step, after the micro-batches.
 
-use crate::op::{AdamW, AdamWTensor, Cast, GlobalNorm};
+use crate::op::{AdamW, AdamWTensor, GlobalNorm};
 use crate::{DType, External, Graph, Param, Phase, Place, Type, TypeError};
 
 /// Constants of the optimiser.
@@ -79,24 +79,38 @@ pub fn update_scaled(
             lr_scale: lr_scale(p),
         });
     }
+    let copies: Vec<usize> = (0..trainable.len())
+        .filter(|&i| trainable[i].compute != DType::F32)
+        .collect();
+    for &i in &copies {
+        let p = trainable[i];
+        let ty = p.ty.with_dtype(p.compute);
+        args.push(Some(g.add_external(External::Param, &p.name, ty)));
+    }
     let op = AdamW {
         betas: config.betas,
         eps: config.eps,
         clip: config.clip,
         tensors,
+        copies: copies.clone(),
     };
     let results = g.push(op, args, &at)?;
-    for (i, r) in results.into_iter().enumerate() {
-        let p = trainable[i / 3];
-        let mut kind = ["param", "moment1", "moment2"][i % 3];
-        if i % 3 == 0 && p.compute != DType::F32 {
-            kind = "master";
-            let ty = p.ty.with_dtype(p.compute);
-            let narrow = g.add_external(External::Param, &p.name, ty);
-            let r = g.push(Cast { to: p.compute }, vec![Some(r), Some(narrow)], &at)?[0];
-            g.outputs.push((format!("param:{}", p.name), r));
+    for (k, p) in trainable.iter().enumerate() {
+        let narrow = copies.iter().position(|&i| i == k);
+        let kind = match narrow {
+            Some(c) => {
+                let copy = results[3 * trainable.len() + c];
+                g.outputs.push((format!("param:{}", p.name), copy));
+                "master"
+            }
+            None => "param",
+        };
+        for (kind, r) in [kind, "moment1", "moment2"]
+            .into_iter()
+            .zip(&results[3 * k..])
+        {
+            g.outputs.push((format!("{kind}:{}", p.name), *r));
         }
-        g.outputs.push((format!("{kind}:{}", p.name), r));
     }
     g.outputs.push(("grad_norm".into(), norm));
     Ok(g)

@@ -13,7 +13,9 @@
 //! | | step | f32[X1] | from 1 |
 //! | | norm | f32[X1] | |
 //! | | p, g, m, v for each tensor | f[..], f32[..] x 3 | four slots a tensor |
+//! | | copy for each entry of `copies` | f[..] | |
 //! | | -> p, m, v for each tensor | | the same memory |
+//! | | -> copy for each entry of `copies` | | the same memory: p in that type |
 
 use super::{Alias, ArgTypes, OpDef};
 use crate::{Type, TypeError};
@@ -42,6 +44,8 @@ pub struct AdamW {
     pub clip: Option<f64>,
     /// One entry a tensor.
     pub tensors: Vec<AdamWTensor>,
+    /// Tensors whose p is also written in another type, as graphs read it.
+    pub copies: Vec<usize>,
 }
 
 impl OpDef for GlobalNorm {
@@ -61,9 +65,9 @@ impl OpDef for AdamW {
     const NAME: &'static str = "adamw";
     fn infer(&self, a: &ArgTypes) -> Result<Vec<Type>, TypeError> {
         a.check(
-            a.types.len() == 3 + 4 * self.tensors.len(),
+            a.types.len() == 3 + 4 * self.tensors.len() + self.copies.len(),
             a.types.len(),
-            "lr, step, norm and four slots a tensor",
+            "lr, step, norm, four slots a tensor and one a copy",
         )?;
         let mut out = Vec::new();
         for i in 0..self.tensors.len() {
@@ -79,9 +83,22 @@ impl OpDef for AdamW {
                     .flatten(),
             );
         }
+        let first = 3 + 4 * self.tensors.len();
+        for (k, &i) in self.copies.iter().enumerate() {
+            let copy = a.req(first + k, "copy")?;
+            a.check(i < self.tensors.len(), i, "a copy of a tensor")?;
+            let p = a.req(3 + 4 * i, "p")?;
+            a.check(copy.same_shape(p) && copy.dtype.is_float(), copy, p)?;
+            out.push(copy.clone());
+        }
         Ok(out)
     }
     fn alias(&self, result: usize) -> Option<Alias> {
+        let n = self.tensors.len();
+        if result >= 3 * n {
+            let arg = 3 + 4 * n + result - 3 * n;
+            return Some(Alias::InPlace { arg });
+        }
         let slot = [0, 2, 3][result % 3];
         Some(Alias::InPlace {
             arg: 3 + 4 * (result / 3) + slot,
@@ -91,6 +108,7 @@ impl OpDef for AdamW {
         args.iter()
             .skip(3)
             .step_by(4)
+            .take(self.tensors.len())
             .flatten()
             .map(|t| 16.0 * t.len() as f64)
             .sum()

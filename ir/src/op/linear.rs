@@ -1,14 +1,16 @@
-//! Matrix product with an `[out, in]` weight: `y[r,n] = sum_k x[r,k] w[n,k] + b[n]`.
+//! Matrix product with an `[out, in]` weight: `y[r,n] = sum_k x[r,k] w[n,k] + b[n] + add[r,n]`.
 //!
 //! | op | arg/result | type | meaning |
 //! |---|---|---|---|
 //! | linear | x | f[.. K] | rows are all leading dims |
 //! | | w | f[N K] | |
 //! | | b? | f32[N] | |
+//! | | add? | f[.. N] | as y; put there by `fold_sums` |
 //! | | -> y | f[.. N] | dtype of x; accumulated in f32 |
 //! | linear_dx | dy | f[.. N] | |
 //! | | w | f[N K] | |
-//! | | -> dx | f[.. K] | `dy w` |
+//! | | add? | f[.. K] | as dx; put there by `fold_sums` |
+//! | | -> dx | f[.. K] | `dy w + add` |
 //! | linear_dw | x | f[.. K] | |
 //! | | dy | f[.. N] | |
 //! | | into?, beta? | f32[M K], f32[X1] | when present the result is written over rows `start..start+N` of `into`: `into = beta*into + dy^T x` (beta 0 never reads) |
@@ -18,11 +20,11 @@ use super::{Alias, ArgTypes, Differentiable, OpDef, SumTo};
 use crate::vjp::Vjp;
 use crate::{Dim, Type, TypeError};
 
-/// `y = x w^T + b`.
+/// `y = x w^T + b + add`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Linear;
 
-/// `dx = dy w`.
+/// `dx = dy w + add`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LinearDx;
 
@@ -41,6 +43,14 @@ fn matrix<'a>(a: &ArgTypes<'a>, i: usize, name: &str) -> Result<&'a Type, TypeEr
     Ok(w)
 }
 
+/// What is added to a product has its type.
+fn added(a: &ArgTypes, i: usize, y: &Type) -> Result<(), TypeError> {
+    match a.opt(i) {
+        Some(add) => a.check(add.same_shape(y) && add.dtype == y.dtype, add, y),
+        None => Ok(()),
+    }
+}
+
 impl OpDef for Linear {
     const NAME: &'static str = "linear";
     fn infer(&self, a: &ArgTypes) -> Result<Vec<Type>, TypeError> {
@@ -51,13 +61,15 @@ impl OpDef for Linear {
             "x[.. K], w[N K]",
         )?;
         a.sizes(2, "b", &[w.size(0)])?;
-        Ok(vec![x.with_last(w.dims[0])])
+        let y = x.with_last(w.dims[0]);
+        added(a, 3, &y)?;
+        Ok(vec![y])
     }
     fn flops(&self, args: &[Option<&Type>], results: &[&Type]) -> f64 {
         2.0 * results[0].len() as f64 * args[0].map_or(0, Type::last) as f64
     }
     fn arg_names(&self) -> &'static [&'static str] {
-        &["x", "w", "b"]
+        &["x", "w", "b", "add"]
     }
 }
 
@@ -81,6 +93,9 @@ impl Differentiable for Linear {
             let db = cx.push1(SumTo { dims }, vec![Some(dy)])?;
             cx.set(2, db);
         }
+        if cx.arg(3).is_some() {
+            cx.set(3, dy);
+        }
         if cx.needs(0) {
             let dx = cx.push1(LinearDx, vec![Some(dy), cx.arg(1)])?;
             cx.set(0, dx);
@@ -98,13 +113,15 @@ impl OpDef for LinearDx {
             format!("dy {dy}, w {w}"),
             "dy[.. N], w[N K]",
         )?;
-        Ok(vec![dy.with_last(w.dims[1])])
+        let dx = dy.with_last(w.dims[1]);
+        added(a, 2, &dx)?;
+        Ok(vec![dx])
     }
     fn flops(&self, args: &[Option<&Type>], results: &[&Type]) -> f64 {
         2.0 * results[0].len() as f64 * args[0].map_or(0, Type::last) as f64
     }
     fn arg_names(&self) -> &'static [&'static str] {
-        &["dy", "w"]
+        &["dy", "w", "add"]
     }
 }
 

@@ -18,6 +18,7 @@
 //! | | -> y | f[.. L] | |
 //! | | -> rstd | f32[.. L/group] | `rsqrt(mean + eps)` of what was normed |
 //! | rms_norm_bwd | x, w?, z?, rstd, dy | | |
+//! | | add? | f[.. L] | as dx, added to it; put there by `fold_sums` |
 //! | | -> dx | f[.. L] | |
 //! | | -> dw | f32 as w | only when w is present |
 //! | | -> dz | f[.. L] | only when z is present |
@@ -150,6 +151,9 @@ impl OpDef for RmsNormBwd {
         a.req(3, "rstd")?;
         let dy = a.req(4, "dy")?;
         a.check(dy.len() == x.len(), dy, x)?;
+        if let Some(add) = a.opt(5) {
+            a.check(add.same_shape(x) && add.dtype == x.dtype, add, x)?;
+        }
         let mut out = vec![x.clone()];
         out.extend(a.opt(1).map(|w| Type::f32(w.dims.clone())));
         out.extend(a.opt(2).cloned());
@@ -159,7 +163,7 @@ impl OpDef for RmsNormBwd {
         10.0 * args[0].map_or(0, Type::len) as f64
     }
     fn arg_names(&self) -> &'static [&'static str] {
-        &["x", "w", "z", "rstd", "dy"]
+        &["x", "w", "z", "rstd", "dy", "add"]
     }
     fn attrs(&self) -> String {
         self.of.text()

@@ -1,12 +1,13 @@
 //! Passes: `Graph -> Graph`, each followed by the verifier. Lowerings know nothing of any of them.
 //!
 //! The pipeline is listed once, in [`PIPELINE`], in the order in which it runs. All passes keep the numbers of all outputs bit for bit
-//! on a backend that computes elementwise programs in one precision, but for two: `fuse_loss` lets a backend walk the head once
-//! instead of twice, and `fold_accumulate` lets it add where it multiplies.
+//! on a backend that computes elementwise programs in one precision, but for three: `fuse_loss` lets a backend walk the head once
+//! instead of twice, and `fold_accumulate` and `fold_sums` let it add where it multiplies.
 
 mod activation_loss;
 mod dce;
 mod fold_accumulate;
+mod fold_sums;
 mod fuse_loss;
 mod fuse_pointwise;
 mod probe;
@@ -16,6 +17,7 @@ mod schedule;
 pub use activation_loss::add_activation_loss;
 pub use dce::dce;
 pub use fold_accumulate::fold_accumulate;
+pub use fold_sums::fold_sums;
 pub use fuse_loss::fuse_loss;
 pub use fuse_pointwise::fuse_pointwise;
 pub use probe::{Taps, probe};
@@ -27,7 +29,7 @@ use crate::{Graph, Node, TypeError, ValueId, VerifyError, verify};
 /// What the passes are to do.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Config {
-    /// Merge elementwise programs, the loss with its derivative, and products with the gradient buffers they are added to. Off shows
+    /// Merge elementwise programs, the loss with its derivative, and products with what they are added to. Off shows
     /// the graph as it was lowered.
     pub fuse: bool,
     /// What to recompute in backward instead of keeping.
@@ -109,6 +111,10 @@ pub const PIPELINE: &[Pass] = &[
     Pass {
         name: "probe",
         run: probe,
+    },
+    Pass {
+        name: "fold_sums",
+        run: fold_sums,
     },
     Pass {
         name: "fuse_pointwise",

@@ -331,6 +331,7 @@ impl Run {
             },
             Command::Product(Product {
                 beta_at: 0,
+                add: 0,
                 a,
                 b: a + side,
                 c: b,

@@ -13,6 +13,7 @@
 #![allow(unsafe_code)] // memory of the device
 
 mod attention;
+mod elementwise;
 mod experts;
 mod harness;
 mod head;
@@ -60,6 +61,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let o = options()?;
     let mut cases: Vec<Case> = Vec::new();
     cases.extend(attention::cases());
+    cases.extend(elementwise::cases());
     cases.extend(experts::cases());
     cases.extend(head::cases());
     cases.extend(scans::cases());

@@ -198,10 +198,12 @@ pub(crate) fn cases() -> Vec<Case> {
         timed: mamba1(4, 4096, 8192, 16),
         checked: vec![mamba1(2, 333, 192, 16)],
     });
-    out.push(Case {
-        name: "conv1d B4 T4096 I8448".to_string(),
-        timed: conv(4, 4096, 8448),
-        checked: vec![conv(2, 333, 136)],
-    });
+    for i in [8448, 4096, 128] {
+        out.push(Case {
+            name: format!("conv1d B4 T4096 I{i}"),
+            timed: conv(4, 4096, i),
+            checked: vec![conv(2, 333, 136)],
+        });
+    }
     out
 }
