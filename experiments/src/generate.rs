@@ -12,7 +12,7 @@ use marimba_backend::{BackendError, Engine, HostTensor, ProgramId};
 use marimba_dsl::model::Model;
 use marimba_ir::lower::rope;
 use marimba_ir::pass::{self, PassError};
-use marimba_ir::{External, Graph, Options, TypeError, lower, plan};
+use marimba_ir::{DType, External, Graph, Options, TypeError, lower, plan};
 use std::collections::HashMap;
 
 /// What can stop a generation.
@@ -47,6 +47,8 @@ pub struct Settings {
     pub seed: u64,
     /// Tokens that end a continuation; they are not part of it.
     pub stop: Vec<i32>,
+    /// Element type of activations, matrices and caches.
+    pub compute: DType,
 }
 
 impl Default for Settings {
@@ -59,6 +61,7 @@ impl Default for Settings {
             top_p: 1.0,
             seed: 0,
             stop: Vec::new(),
+            compute: DType::F32,
         }
     }
 }
@@ -74,6 +77,7 @@ pub struct Session<'e> {
     model: &'e Model,
     batch: usize,
     cache_len: usize,
+    compute: DType,
     programs: HashMap<usize, Loaded>,
     /// Everything said so far, each row padded on the left.
     rows: Vec<Vec<i32>>,
@@ -94,10 +98,18 @@ impl<'e> Session<'e> {
             model,
             batch,
             cache_len,
+            compute: DType::F32,
             programs: HashMap::new(),
             rows: Vec::new(),
             pads: Vec::new(),
         }
+    }
+
+    /// The same with activations, matrices and caches of another type; before the first prefill.
+    #[must_use]
+    pub fn computing_in(mut self, compute: DType) -> Self {
+        self.compute = compute;
+        self
     }
 
     /// Tokens in each row, padding included.
@@ -243,6 +255,10 @@ impl<'e> Session<'e> {
         } else {
             Options::prefill(self.batch, t, self.cache_len)
         };
+        let options = Options {
+            compute: self.compute,
+            ..options
+        };
         let graph = pass::run_passes(&lower(self.model, &options)?, &pass::Config::default())?;
         let inputs = input_names(&graph);
         let plan = plan(&graph);
@@ -289,7 +305,8 @@ pub fn generate(
     let mut said = vec![Vec::new(); prompts.len()];
     for rows in groups.iter().filter(|g| !g.is_empty()) {
         let mine: Vec<Vec<i32>> = rows.iter().map(|&i| prompts[i].clone()).collect();
-        let mut session = Session::new(engine, model, rows.len(), cache_len);
+        let mut session =
+            Session::new(engine, model, rows.len(), cache_len).computing_in(settings.compute);
         let mut logits = session.prefill(&mine)?;
         // A stream of its own for each row: what it draws does not depend on its neighbours.
         let mut rngs: Vec<Rng> = rows

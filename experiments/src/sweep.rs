@@ -340,6 +340,7 @@ impl Pool<'_> {
             resume,
             until,
             threads: self.threads,
+            graphs: true,
             group: &member.group,
             axes: member.set.iter().cloned().collect(),
         };

@@ -8,23 +8,97 @@ use marimba_backend::{BackendError, Engine, HostTensor, Outputs};
 use marimba_dsl::model::Model;
 use marimba_ir::lower::Logits;
 use marimba_ir::pass::{self, PassError};
-use marimba_ir::{Options, TypeError, differentiate, lower, plan};
+use marimba_ir::{DType, Options, TypeError, differentiate, lower, plan};
 use serde::Serialize;
 use serde_json::Value;
 use std::path::Path;
 
-/// Largest relative deviations; the README measures transformers' own f32 an order of magnitude below.
-pub mod limits {
-    /// Of logits, hidden states and logits of generation.
-    pub const LOGITS: f64 = 1e-4;
+/// What passes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limits {
+    /// Relative deviation of logits, hidden states and logits of generation.
+    pub logits: f64,
     /// Of the loss.
-    pub const LOSS: f64 = 1e-5;
-    /// Of each gradient tensor.
-    pub const GRADIENT: f64 = 1e-3;
-    /// Of the L2 norm of each gradient.
-    pub const GRADIENT_NORM: f64 = 1e-3;
-    /// Number of differing generated ids.
-    pub const IDS: f64 = 0.0;
+    pub loss: f64,
+    /// Of gradients.
+    pub gradient: f64,
+    /// Of norms of gradients.
+    pub gradient_norm: f64,
+    /// Share of generated ids that may differ.
+    pub ids: f64,
+    /// Whether a deviation is that of the largest element, `max|a-b| / max|b|`, and every gradient counts alone. Otherwise it is that of a
+    /// whole tensor, `|a-b| / |b|`, and all gradients are one tensor: a token that bf16 sends to another expert is wrong altogether, and
+    /// gradients of few numbers that are sums over all tokens mean little there.
+    pub each: bool,
+}
+
+impl Limits {
+    /// In f32; the README measures transformers' own f32 an order of magnitude below.
+    pub const F32: Limits = Limits {
+        logits: 1e-4,
+        loss: 1e-5,
+        gradient: 1e-3,
+        gradient_norm: 1e-3,
+        ids: 0.0,
+        each: true,
+    };
+
+    /// In bf16 against transformers' f32.
+    pub const BF16: Limits = Limits {
+        logits: 32.0 * BF16_UNIT,
+        loss: BF16_UNIT,
+        gradient: 64.0 * BF16_UNIT,
+        gradient_norm: 16.0 * BF16_UNIT,
+        ids: 0.25,
+        each: false,
+    };
+
+    fn of(compute: DType) -> Limits {
+        match compute {
+            DType::F32 | DType::I32 => Limits::F32,
+            DType::Bf16 | DType::F16 => Limits::BF16,
+        }
+    }
+
+    fn deviation(&self, a: &[f32], b: &[f32]) -> f64 {
+        match self.each {
+            true => deviation(a, b),
+            false => {
+                let mut all = Together::default();
+                all.add(a, b);
+                all.apart()
+            }
+        }
+    }
+}
+
+/// What rounding to bf16 changes at most, relative.
+const BF16_UNIT: f64 = 1.0 / 256.0;
+
+/// Tensors compared as one.
+#[derive(Default)]
+struct Together {
+    apart: f64,
+    right: f64,
+}
+
+impl Together {
+    fn add(&mut self, a: &[f32], b: &[f32]) {
+        if a.len() != b.len() {
+            self.apart = f64::INFINITY;
+        }
+        for (x, y) in a.iter().zip(b) {
+            self.apart += f64::from(x - y).powi(2);
+            self.right += f64::from(*y).powi(2);
+        }
+    }
+
+    fn apart(&self) -> f64 {
+        match self.right > 0.0 {
+            true => (self.apart / self.right).sqrt(),
+            false => self.apart.sqrt(),
+        }
+    }
 }
 
 /// What can stop a verification.
@@ -60,7 +134,7 @@ pub enum VerifyError {
 pub struct Quantity {
     /// `logits`, `loss`, `hidden`, `gradients`, `long_grad_norm`, `generated` or `gen_logits`.
     pub name: String,
-    /// Worst relative deviation, `max|a-b| / max|b|` over a tensor; for `generated` the number of differing ids.
+    /// Worst relative deviation of a tensor; for `generated` the number of differing ids.
     pub worst: f64,
     /// Largest deviation that passes.
     pub limit: f64,
@@ -174,6 +248,20 @@ pub fn verify(
     quirks: &[Quirk],
     make: &MakeEngine,
 ) -> Result<Report, VerifyError> {
+    verify_in(DType::F32, dir, expected, quirks, make)
+}
+
+/// [`verify`] with activations and matrices of another type, against the limits of that type.
+///
+/// # Errors
+/// As [`verify`].
+pub fn verify_in(
+    compute: DType,
+    dir: &Path,
+    expected: &Path,
+    quirks: &[Quirk],
+    make: &MakeEngine,
+) -> Result<Report, VerifyError> {
     let opened = hf::open(dir)?;
     let mut model = opened.model.clone().into_inner();
     for q in quirks {
@@ -230,8 +318,16 @@ pub fn verify(
         let norms = norms
             .get(format!("{name}_grad_norm"))
             .and_then(Value::as_object);
-        forward(&opened, &model, &split, &file, norms, make, &mut report)?;
-        decode(&opened, &model, &split, &file, make, &mut report)?;
+        let cx = Cx {
+            opened: &opened,
+            model: &model,
+            file: &file,
+            compute,
+            limits: Limits::of(compute),
+            make,
+        };
+        forward(&cx, &split, norms, &mut report)?;
+        decode(&cx, &split, &mut report)?;
     }
     if report.quantities.is_empty() {
         return Err(complain(
@@ -254,6 +350,16 @@ pub fn verify(
     Ok(report)
 }
 
+/// What a comparison is made of, for every split.
+struct Cx<'a> {
+    opened: &'a Opened,
+    model: &'a Model,
+    file: &'a Source,
+    compute: DType,
+    limits: Limits,
+    make: &'a MakeEngine<'a>,
+}
+
 fn upload(opened: &Opened, engine: &mut dyn Engine) -> Result<(), VerifyError> {
     for (i, p) in opened.params.iter().enumerate() {
         engine.write(
@@ -266,14 +372,18 @@ fn upload(opened: &Opened, engine: &mut dyn Engine) -> Result<(), VerifyError> {
 }
 
 fn forward(
-    opened: &Opened,
-    model: &Model,
+    cx: &Cx,
     split: &Split,
-    file: &Source,
     norms: Option<&serde_json::Map<String, Value>>,
-    make: &MakeEngine,
     report: &mut Report,
 ) -> Result<(), VerifyError> {
+    let Cx {
+        opened,
+        model,
+        file,
+        limits,
+        ..
+    } = cx;
     let Split {
         name,
         batch,
@@ -308,6 +418,7 @@ fn forward(
         router_loss: false,
         z_loss: opened.z_loss * (t - 1) as f64 / t as f64,
         z_all: true,
+        compute: cx.compute,
         ..Options::train(b, t)
     };
     let mut graph = lower(model, &options)?;
@@ -327,7 +438,7 @@ fn forward(
     let graph = pass::run_passes(&graph, &pass::Config::default())?;
     let names = input_names(&graph);
     let plan = plan(&graph);
-    let mut engine = make()?;
+    let mut engine = (cx.make)()?;
     upload(opened, engine.as_mut())?;
     let program = engine.load(graph, plan)?;
     let target = |k: usize| if k % t + 1 < t { ids[k + 1] } else { -100 };
@@ -352,26 +463,26 @@ fn forward(
 
     let got = |key: &str, out: &Outputs| out.get(key).map(|h| h.f32().to_vec()).unwrap_or_default();
     if want("logits") {
-        let d = deviation(
+        let d = limits.deviation(
             &got("logits", &out),
             &file.tensor(&format!("{name}.logits"))?.to_f32(),
         );
-        report.note("logits", limits::LOGITS, d, name);
+        report.note("logits", limits.logits, d, name);
     }
     if want("loss") {
-        let d = deviation(
+        let d = limits.deviation(
             &got("loss", &out),
             &file.tensor(&format!("{name}.loss"))?.to_f32(),
         );
-        report.note("loss", limits::LOSS, d, name);
+        report.note("loss", limits.loss, d, name);
     }
     for i in hidden {
         let key = format!("{name}.hidden.{i}");
         let right = file.tensor(&key)?.to_f32();
         let all = got(&format!("hidden.{i}"), &out);
         // Batch row 0.
-        let d = deviation(all.get(..right.len()).unwrap_or_default(), &right);
-        report.note("hidden", limits::LOGITS, d, &key);
+        let d = limits.deviation(all.get(..right.len()).unwrap_or_default(), &right);
+        report.note("hidden", limits.logits, d, &key);
     }
     if !backward {
         return Ok(());
@@ -381,44 +492,61 @@ fn forward(
         _ => vec![f32::NAN; opened.params[p].ty.len()],
     };
     let index = |name: &str| opened.table.foreign.iter().position(|f| f.name == name);
-    for g in gradients {
-        let d = match index(&g) {
-            Some(k) => deviation(
-                &opened.table.gather(k, &opened.params, &ours),
-                &file.tensor(&format!("{name}.grad.{g}"))?.to_f32(),
-            ),
-            None => f64::INFINITY,
+    let mut all = Together::default();
+    for g in &gradients {
+        let right = file.tensor(&format!("{name}.grad.{g}"))?.to_f32();
+        let mine = match index(g) {
+            Some(k) => opened.table.gather(k, &opened.params, &ours),
+            None => Vec::new(),
         };
-        report.note("gradients", limits::GRADIENT, d, &format!("{name}: {g}"));
+        if limits.each {
+            let d = deviation(&mine, &right);
+            report.note("gradients", limits.gradient, d, &format!("{name}: {g}"));
+        }
+        all.add(&mine, &right);
     }
+    if !limits.each && !gradients.is_empty() {
+        report.note("gradients", limits.gradient, all.apart(), name);
+    }
+    let quantity = format!("{name}_grad_norm");
+    let (mut mine2, mut right2) = (0.0f64, 0.0f64);
     for (g, norm) in norms.into_iter().flatten() {
         let right = norm.as_f64().unwrap_or(f64::NAN);
-        let d = match index(g) {
+        let mine = match index(g) {
             Some(k) => {
                 let grad = opened.table.gather(k, &opened.params, &ours);
-                let mine = grad
-                    .iter()
-                    .map(|x| f64::from(*x).powi(2))
-                    .sum::<f64>()
-                    .sqrt();
-                let apart = (mine - right).abs();
-                if right == 0.0 { apart } else { apart / right }
+                grad.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>()
             }
             None => f64::INFINITY,
         };
-        report.note(&format!("{name}_grad_norm"), limits::GRADIENT_NORM, d, g);
+        if limits.each {
+            let d = relative(mine.sqrt(), right);
+            report.note(&quantity, limits.gradient_norm, d, g);
+        }
+        mine2 += mine;
+        right2 += right.powi(2);
+    }
+    if !limits.each && norms.is_some() {
+        let d = relative(mine2.sqrt(), right2.sqrt());
+        report.note(&quantity, limits.gradient_norm, d, name);
     }
     Ok(())
 }
 
-fn decode(
-    opened: &Opened,
-    model: &Model,
-    split: &Split,
-    file: &Source,
-    make: &MakeEngine,
-    report: &mut Report,
-) -> Result<(), VerifyError> {
+/// `|a - b| / |b|`; `|a|` where b is 0.
+fn relative(a: f64, b: f64) -> f64 {
+    let apart = (a - b).abs();
+    if b == 0.0 { apart } else { apart / b.abs() }
+}
+
+fn decode(cx: &Cx, split: &Split, report: &mut Report) -> Result<(), VerifyError> {
+    let Cx {
+        opened,
+        model,
+        file,
+        limits,
+        ..
+    } = cx;
     let Split {
         name,
         batch,
@@ -441,9 +569,10 @@ fn decode(
         Some(_) => Some(file.tensor(&logits_key)?.to_f32()),
         None => None,
     };
-    let mut engine = make()?;
+    let mut engine = (cx.make)()?;
     upload(opened, engine.as_mut())?;
-    let mut session = Session::new(engine.as_mut(), model, *batch, len + n);
+    let mut session =
+        Session::new(engine.as_mut(), model, *batch, len + n).computing_in(cx.compute);
     let prompts: Vec<Vec<i32>> = ids.chunks(*len).map(<[i32]>::to_vec).collect();
     let v = model.vocab_size;
     let (mut wrong, mut first) = (0usize, String::new());
@@ -471,9 +600,19 @@ fn decode(
     } else {
         first.as_str()
     };
-    report.note("generated", limits::IDS, wrong as f64, place);
+    report.note(
+        "generated",
+        (limits.ids * (*batch * n) as f64).floor(),
+        wrong as f64,
+        place,
+    );
     if let Some(stored) = stored {
-        report.note("gen_logits", limits::LOGITS, deviation(&all, &stored), name);
+        report.note(
+            "gen_logits",
+            limits.logits,
+            limits.deviation(&all, &stored),
+            name,
+        );
     }
     Ok(())
 }
@@ -481,6 +620,16 @@ fn decode(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tensors_are_compared_each_or_together() {
+        let (a, b) = ([1.0, 2.0, 4.0], [1.0, 2.0, 2.0]);
+        assert_eq!(Limits::F32.deviation(&a, &b), 1.0);
+        assert_eq!(Limits::BF16.deviation(&a, &b), 2.0 / 3.0);
+        assert!(Limits::BF16.deviation(&a[..2], &b).is_infinite());
+        assert!(Limits::BF16.deviation(&[f32::NAN], &[1.0]).is_nan());
+        assert_eq!(Limits::BF16.deviation(&[0.5], &[0.0]), 0.5);
+    }
 
     #[test]
     fn a_deviation_that_is_no_number_does_not_pass() {

@@ -44,6 +44,7 @@ fn trained(out: &Path) -> (Valid<Run>, f64) {
         resume: false,
         until: None,
         threads: 1,
+        graphs: true,
         group: "t",
         axes: BTreeMap::new(),
     };

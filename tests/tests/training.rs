@@ -57,6 +57,7 @@ fn go(
         resume,
         until: None,
         threads,
+        graphs: true,
         group: "t",
         axes: BTreeMap::new(),
     };

@@ -1,6 +1,6 @@
 //! `marimba generate CHECKPOINT --prompt TEXT`
 
-use super::hf::backend_of;
+use super::hf::{FormatArg, backend_of};
 use super::{CliError, print_json};
 use crate::chat::{ChatTemplate, Message};
 use crate::checkpoint::Weights;
@@ -57,6 +57,12 @@ pub(super) struct GenerateArgs {
     /// auto, cpu, dfdx or cuda
     #[arg(long, default_value = "auto")]
     backend: String,
+    /// Number format of activations and matrices; bf16 needs a GPU
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: FormatArg,
+    /// Launch kernel by kernel instead of replaying CUDA graphs
+    #[arg(long)]
+    no_graph: bool,
     /// Threads of the cpu backend [default: all cores]
     #[arg(long)]
     threads: Option<usize>,
@@ -89,7 +95,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         }
     }
     let threads = args.threads.unwrap_or_else(engine::cores);
-    let mut engine = engine::open(backend_of(&args.backend)?, threads)?;
+    let mut engine = engine::open_with(backend_of(&args.backend)?, threads, !args.no_graph)?;
     for (i, p) in weights.params.iter().enumerate() {
         engine.write(
             &format!("param:{}", p.name),
@@ -104,6 +110,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<(), CliError> {
         top_p: args.top_p,
         seed: args.seed,
         stop,
+        compute: args.precision.dtype(),
     };
     // One prompt is heard as it comes; a batch would come mixed.
     let live = !args.json && prompts.len() == 1 && args.ids.is_empty();

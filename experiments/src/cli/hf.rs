@@ -3,9 +3,10 @@
 use super::{CliError, print_json};
 use crate::checkpoint::hf::{self, ExportOptions, Quirk};
 use crate::engine;
-use crate::verify::verify;
-use clap::Args;
+use crate::verify::verify_in;
+use clap::{Args, ValueEnum};
 use marimba_dsl::run::Backend;
+use marimba_ir::DType;
 use safetensors::Dtype;
 use std::path::PathBuf;
 
@@ -76,6 +77,22 @@ pub(super) fn export(args: &ExportArgs) -> Result<(), CliError> {
     Ok(())
 }
 
+/// Number formats in which a checkpoint can be run.
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+pub(super) enum FormatArg {
+    F32,
+    Bf16,
+}
+
+impl FormatArg {
+    pub(super) fn dtype(self) -> DType {
+        match self {
+            FormatArg::F32 => DType::F32,
+            FormatArg::Bf16 => DType::Bf16,
+        }
+    }
+}
+
 /// Verify a checkpoint.
 #[derive(Args)]
 #[command(
@@ -90,6 +107,9 @@ pub(super) struct VerifyArgs {
     /// auto, cpu, dfdx or cuda
     #[arg(long, default_value = "auto")]
     backend: String,
+    /// Number format of activations and matrices; bf16 has limits of its own, and needs a GPU
+    #[arg(long, value_enum, default_value = "f32")]
+    precision: FormatArg,
     /// A quirk of transformers to leave off (see ARCHITECTURE.md); by default all that the numbers may carry are on
     #[arg(long = "without-quirk", value_name = "NAME")]
     without: Vec<String>,
@@ -116,7 +136,8 @@ pub(super) fn check(args: &VerifyArgs) -> Result<(), CliError> {
         .map(|(q, _)| *q)
         .filter(|q| !args.without.iter().any(|w| w == q.name()))
         .collect();
-    let report = verify(&args.dir, &args.expected, &quirks, &|| {
+    let compute = args.precision.dtype();
+    let report = verify_in(compute, &args.dir, &args.expected, &quirks, &|| {
         engine::open(backend, threads)
     })
     .map_err(|e| CliError::Other(e.to_string()))?;

@@ -31,6 +31,9 @@ pub(super) struct TrainArgs {
     /// Threads of the cpu backend [default: all cores]
     #[arg(long)]
     threads: Option<usize>,
+    /// Launch kernel by kernel instead of replaying CUDA graphs
+    #[arg(long)]
+    no_graph: bool,
     /// Print the summary as JSON on stdout
     #[arg(long)]
     json: bool,
@@ -55,6 +58,7 @@ pub(super) fn run(args: &TrainArgs) -> Result<(), CliError> {
         resume: args.resume,
         until: None,
         threads: args.threads.unwrap_or_else(engine::cores),
+        graphs: !args.no_graph,
         group: &run.name,
         axes: BTreeMap::new(),
     };

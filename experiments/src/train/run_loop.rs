@@ -36,6 +36,8 @@ pub struct TrainRequest<'a> {
     pub until: Option<usize>,
     /// Threads of the engine.
     pub threads: usize,
+    /// Whether a GPU replays programs as CUDA graphs; without, it launches kernel by kernel.
+    pub graphs: bool,
     /// Members of a sweep that differ only by seed share a group.
     pub group: &'a str,
     /// The point of the sweep.
@@ -112,7 +114,10 @@ pub fn train(request: &TrainRequest, observer: &mut dyn Observer) -> Result<Outc
     let counts = facts(&run.model, seq_len).map_err(CompileError::from)?;
 
     // Everything that can be refused is refused before the run folder exists.
-    let mut trainer = Trainer::new(run, engine::open(run.backend, request.threads)?)?;
+    let mut trainer = Trainer::new(
+        run,
+        engine::open_with(run.backend, request.threads, request.graphs)?,
+    )?;
     let mut loaders = open_loaders(run)?;
     for phase in &run.phases {
         trainer.prepare(phase.batch, phase.seq_len)?;
