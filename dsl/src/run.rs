@@ -137,7 +137,9 @@ pub enum Precision {
     F32,
     /// Activations and matrix products in bf16, master weights and statistics in f32.
     Bf16,
-    /// As `Bf16`, matrix products of projections in fp8.
+    /// As `Bf16`, products with the projections of layers in 8 bits where all sizes are at least 256: values and weights in e4m3,
+    /// gradients in e5m2, one factor a tensor from its largest magnitude at that moment. On a GPU of compute capability 8.9 or later.
+    /// Evaluation stays in bf16.
     Bf16Fp8,
 }
 

@@ -41,6 +41,8 @@ pub enum CompileError {
 pub struct TrainOptions {
     /// Element type of activations and matrices.
     pub compute: DType,
+    /// Whether products with projections run in 8 bits where that pays.
+    pub fp8: bool,
     /// Coefficient of the squared log-sum-exp.
     pub z_loss: f64,
     /// What the forward pass keeps.
@@ -56,6 +58,7 @@ impl TrainOptions {
     pub fn of(run: &Run) -> Self {
         TrainOptions {
             compute: compute(run.precision),
+            fp8: run.precision == Precision::Bf16Fp8,
             z_loss: run.z_loss,
             recompute: run.recompute,
             activation_loss: run.activation_loss.clone(),
@@ -67,6 +70,7 @@ impl TrainOptions {
     pub fn plain() -> Self {
         TrainOptions {
             compute: DType::F32,
+            fp8: false,
             z_loss: 0.0,
             recompute: Recompute::None,
             activation_loss: None,
@@ -102,6 +106,7 @@ pub fn training(
             ..Options::train(batch, seq_len)
         },
     )?;
+    graph.fp8 = options.fp8;
     if let Some(mut loss) = graph.output("loss") {
         if let Some(a) = &options.activation_loss {
             let taps = activation_taps(&graph, &a.taps);

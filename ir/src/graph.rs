@@ -209,7 +209,12 @@ pub struct Graph {
     /// Values worth watching, by name (`layers[3].mixer.out`). They are no outputs: a tap does not keep its value alive, and passes
     /// drop the taps of values they dissolve. [`crate::pass::probe`] and [`crate::pass::add_activation_loss`] read them.
     pub taps: Vec<(String, ValueId)>,
+    /// Whether products with the projections of layers run in 8 bits where that pays: see [`Graph::in_fp8`].
+    pub fp8: bool,
 }
+
+/// Smallest size of a product that runs in 8 bits: below it, narrowing the operands takes longer than the product saves.
+const FP8_LEAST: usize = 256;
 
 impl Graph {
     /// An empty graph.
@@ -329,6 +334,25 @@ impl Graph {
         Ok(results)
     }
 
+    /// Whether a node is a product that runs in 8 bits, where the graph asks for it: a linear layer's, or one of its derivative's, with bf16
+    /// operands and all three sizes at least 256. Head, embedding, routers and experts stay as they are, and with them all that is no product.
+    pub fn in_fp8(&self, node: &Node) -> bool {
+        if !self.fp8 || node.block.is_none() {
+            return false;
+        }
+        let ty = |i: usize| node.args.get(i).copied().flatten().map(|v| self.ty(v));
+        let (Some(x), Some(y)) = (ty(0), ty(1)) else {
+            return false;
+        };
+        let sizes = match node.op {
+            Op::Linear(_) | Op::LinearDx(_) => [x.rows(), y.size(0), y.size(1)],
+            Op::LinearDw(_) => [x.rows(), x.last(), y.last()],
+            _ => return false,
+        };
+        let narrow = x.dtype == DType::Bf16 && y.dtype == DType::Bf16;
+        narrow && sizes.iter().all(|&n| n >= FP8_LEAST)
+    }
+
     /// The value whose memory `v` uses: follows aliases down to an external or a value with memory of its own.
     pub fn root(&self, v: ValueId) -> ValueId {
         let mut v = v;
@@ -438,6 +462,7 @@ impl Graph {
         };
         let mut g = Graph {
             params: self.params.clone(),
+            fp8: self.fp8,
             ..Graph::default()
         };
         let mut map: Vec<Option<ValueId>> = vec![None; self.values.len()];

@@ -114,7 +114,7 @@ pub(crate) fn node(g: &Graph, node: &Node) -> String {
             None => "?".into(),
         })
         .collect();
-    let attrs = node.op.attrs();
+    let attrs = attrs(g, node);
     let attrs = if attrs.is_empty() {
         String::new()
     } else {
@@ -130,6 +130,16 @@ pub(crate) fn node(g: &Graph, node: &Node) -> String {
         let _ = write!(s, "  // {}", node.path);
     }
     s
+}
+
+/// Attributes of the op, and the graph's of the node.
+fn attrs(g: &Graph, node: &Node) -> String {
+    let own = node.op.attrs();
+    match (g.in_fp8(node), own.is_empty()) {
+        (false, _) => own,
+        (true, true) => "fp8".into(),
+        (true, false) => format!("{own} fp8"),
+    }
 }
 
 /// Consecutive nodes of one phase and block.
@@ -157,7 +167,7 @@ fn segments(g: &Graph) -> Vec<Segment<'_>> {
         let mut local: BTreeMap<ValueId, usize> = BTreeMap::new();
         let mut shape = String::new();
         for n in nodes {
-            let _ = write!(shape, "{} {}", n.op.name(), n.op.attrs());
+            let _ = write!(shape, "{} {}", n.op.name(), attrs(g, n));
             for a in &n.args {
                 let _ = match a {
                     Some(v) => match local.get(v) {

@@ -305,6 +305,7 @@ mod tests {
             "attention" => &["", "WARPS WHOLE P=256", "WARPS P=33"],
             "moe" => &["", "WARPS WHOLE", "WARPS"],
             "linear_cross_entropy" => &["", "TL=bf16 TA0=bf16"],
+            "fp8" => &["", "WHOLE", "E5M2", "E5M2 WHOLE"],
             "selective_scan" => &["", "VEC EVEN"],
             "causal_conv1d" => &["", "V=4", "V=8"],
             _ => &[""],

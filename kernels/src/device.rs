@@ -4,7 +4,7 @@
 
 use crate::choices::Choices;
 use crate::compile::{Compiler, KernelError, probe};
-use crate::record::{Command, DType, Launch, Module, Param, Product, Target, View};
+use crate::record::{Command, DType, Eight, Launch, Module, Param, Product, Target, View};
 use cudarc::cublaslt::{result as lt, sys as ltsys};
 use cudarc::driver::{result as cu, sys};
 use std::collections::{HashMap, HashSet};
@@ -137,7 +137,15 @@ impl BlasProduct {
             "{:?} {:?} {}->{} {} {:?}",
             p.sizes,
             p.transposed,
-            p.input.c_name(),
+            match &p.eights {
+                Some(e) => format!(
+                    "{:?}x{:?}{}",
+                    e.formats.0,
+                    e.formats.1,
+                    if e.exact { "!" } else { "" }
+                ),
+                None => p.input.c_name().to_string(),
+            },
             p.output.c_name(),
             match (p.beta_at, p.beta == 0.0, p.add) {
                 (0, true, _) => "=",
@@ -265,6 +273,7 @@ impl Device {
                 name,
                 target: Target {
                     hopper: (major, minor) == (9, 0),
+                    fp8: (major, minor) >= (8, 9),
                     shared,
                     multiprocessors,
                     deterministic: false,
@@ -518,8 +527,16 @@ impl Device {
             DType::F16 => ltsys::cudaDataType::CUDA_R_16F,
         };
         let (m, n, k) = p.sizes;
-        let layout = |t: DType, rows: usize, cols: usize| {
-            lt::create_matrix_layout(kind(t), rows as u64, cols as u64, rows as i64)
+        let eight = |e: Eight| match e {
+            Eight::E4m3 => ltsys::cudaDataType::CUDA_R_8F_E4M3,
+            Eight::E5m2 => ltsys::cudaDataType::CUDA_R_8F_E5M2,
+        };
+        let (kind_a, kind_b) = match &p.eights {
+            Some(e) => (eight(e.formats.0), eight(e.formats.1)),
+            None => (kind(p.input), kind(p.input)),
+        };
+        let layout = |kind: ltsys::cudaDataType, rows: usize, cols: usize| {
+            lt::create_matrix_layout(kind, rows as u64, cols as u64, rows as i64)
                 .map_err(blas("layout"))
         };
         let stored =
@@ -528,9 +545,9 @@ impl Device {
         let (b_rows, b_cols) = stored(tb, n, k);
         let (a_rows, a_cols) = stored(ta, k, m);
         let layouts = [
-            layout(p.input, b_rows, b_cols)?,
-            layout(p.input, a_rows, a_cols)?,
-            layout(p.output, n, m)?,
+            layout(kind_b, b_rows, b_cols)?,
+            layout(kind_a, a_rows, a_cols)?,
+            layout(kind(p.output), n, m)?,
         ];
         let desc = lt::create_matmul_desc(
             ltsys::cublasComputeType_t::CUBLAS_COMPUTE_32F,
@@ -557,7 +574,33 @@ impl Device {
                 0 => ltsys::cublasLtPointerMode_t::CUBLASLT_POINTER_MODE_HOST,
                 _ => ltsys::cublasLtPointerMode_t::CUBLASLT_POINTER_MODE_DEVICE,
             };
-            set(D::CUBLASLT_MATMUL_DESC_POINTER_MODE, &(mode as i32))
+            let scaled = match &p.eights {
+                Some(e) => {
+                    let fast = [i8::from(!e.exact)];
+                    let give = |attr, value: &[u8]| {
+                        lt::set_matmul_desc_attribute(
+                            desc,
+                            attr,
+                            value.as_ptr().cast(),
+                            value.len(),
+                        )
+                    };
+                    give(
+                        D::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER,
+                        &e.scales.1.to_ne_bytes(),
+                    )
+                    .and_then(|()| {
+                        give(
+                            D::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER,
+                            &e.scales.0.to_ne_bytes(),
+                        )
+                    })
+                    .and_then(|()| give(D::CUBLASLT_MATMUL_DESC_FAST_ACCUM, &fast.map(|f| f as u8)))
+                }
+                None => Ok(()),
+            };
+            scaled
+                .and_then(|()| set(D::CUBLASLT_MATMUL_DESC_POINTER_MODE, &(mode as i32)))
                 .and_then(|()| set(D::CUBLASLT_MATMUL_DESC_TRANSA, &flip(tb)))
                 .and_then(|()| set(D::CUBLASLT_MATMUL_DESC_TRANSB, &flip(ta)))
                 .and_then(|()| {

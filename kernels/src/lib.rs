@@ -14,6 +14,7 @@ mod compile;
 mod concat;
 mod device;
 mod embed;
+mod fp8;
 mod gated_delta;
 mod linear;
 mod linear_cross_entropy;
@@ -38,6 +39,7 @@ pub use compile::{Compiler, KernelError};
 pub use concat::{concat, split};
 pub use device::{Captured, Device, PRODUCT_SCRATCH, Pinned, Prepared};
 pub use embed::{embed, embed_bwd};
+pub use fp8::{linear_dw_fp8, linear_dx_fp8, linear_fp8};
 pub use gated_delta::{gated_delta, gated_delta_bwd};
 pub use linear::{linear, linear_dw, linear_dx, noise};
 pub use linear_cross_entropy::{
@@ -49,7 +51,8 @@ pub use moe::{
 };
 pub use pointwise::{Bin, Broadcast, Instr, Program, Un, pointwise};
 pub use record::{
-    Args, Command, DType, Launch, Module, Param, Product, Recorder, Target, Tensor, View,
+    Args, Command, DType, Eight, Eights, Launch, Module, Param, Product, Recorder, Target, Tensor,
+    View,
 };
 pub use reduce::{accumulate, mean_square, sum_to};
 pub use rms_norm::{RmsNorm, rms_norm, rms_norm_bwd};

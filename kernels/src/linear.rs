@@ -100,6 +100,7 @@ fn multiply(
         transposed: (a.transposed, b.transposed),
         sizes: (m, n, k),
         input,
+        eights: None,
         output: out.dtype,
         alpha,
         beta,
@@ -141,17 +142,32 @@ pub fn noise(r: &mut Recorder, ptr: u64, bytes: usize) {
 
 /// `y` of `x, w, b?, add?`.
 pub fn linear(r: &mut Recorder, a: &Args) {
-    let (x, w, b, y) = (a.arg(0), a.arg(1), a.arg(2), a.res(0));
+    let (x, w, y) = (a.arg(0), a.arg(1), a.res(0));
     let (m, n, k) = (x.rows(), w.size(0), w.size(1));
     product_and(r, plain(x), flipped(w), a.arg(3), y, (m, n, k));
+    add_bias(r, a);
+}
+
+/// `y += b` of [`linear`], where there is one.
+pub(crate) fn add_bias(r: &mut Recorder, a: &Args) {
+    let (w, b, y) = (a.arg(1), a.arg(2), a.res(0));
     if b.is_present() {
         r.launch(
             ("linear", "add_bias"),
             a.types(),
             over(y.len()),
             THREADS,
-            vec![y.into(), b.into(), long(y.len()), int(n)],
+            vec![y.into(), b.into(), long(y.len()), int(w.size(0))],
         );
+    }
+}
+
+/// Rows `start..start + n` of a gradient buffer of `k` columns.
+pub(crate) fn rows_from(whole: &Tensor, start: usize, n: usize, k: usize) -> Tensor {
+    Tensor {
+        ptr: whole.ptr + (start * k * 4) as u64,
+        dtype: whole.dtype,
+        dims: vec![n, k],
     }
 }
 
@@ -166,12 +182,7 @@ pub fn linear_dx(r: &mut Recorder, a: &Args) {
 pub fn linear_dw(r: &mut Recorder, a: &Args, start: usize) {
     let (x, dy, beta) = (a.arg(0), a.arg(1), a.arg(3));
     let (rows, n, k) = (x.rows(), dy.last(), x.last());
-    let whole = a.res(0);
-    let dw = Tensor {
-        ptr: whole.ptr + (start * k * 4) as u64,
-        dtype: whole.dtype,
-        dims: vec![n, k],
-    };
+    let dw = rows_from(a.res(0), start, n, k);
     let (a, b, sizes) = (flipped(dy), plain(x), (n, k, rows));
     match (beta.is_present(), rows) {
         (false, _) => product(r, a, b, &dw, sizes, 1.0, 0.0),

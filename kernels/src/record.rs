@@ -182,6 +182,8 @@ pub struct Target {
     pub hopper: bool,
     /// Bytes of shared memory that a block may take; 0: unknown, what every architecture has (99 KiB) is used.
     pub shared: usize,
+    /// Products of operands of 8 bits (sm_89 and later).
+    pub fp8: bool,
     /// Number of multiprocessors, for kernels whose blocks stay; 0: unknown, such kernels are not used.
     pub multiprocessors: usize,
     /// Whether equal runs must give equal bits: then no kernel adds in an order that the device chooses, where there is another.
@@ -211,6 +213,26 @@ pub struct Launch {
     pub params: Vec<Param>,
 }
 
+/// Format of 8 bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Eight {
+    /// 4 bits of exponent, 3 of mantissa, up to 448: values and weights.
+    E4m3,
+    /// 5 bits of exponent, 2 of mantissa, up to 57344: gradients.
+    E5m2,
+}
+
+/// Operands of 8 bits, each with a factor that the device keeps.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Eights {
+    /// Of a and b.
+    pub formats: (Eight, Eight),
+    /// Addresses of the factors, each an f32, by which a and b are to be multiplied.
+    pub scales: (u64, u64),
+    /// Whether every partial sum is kept in f32; otherwise the tensor cores may keep fewer bits for a while, which is faster.
+    pub exact: bool,
+}
+
 /// `c = alpha op(a) op(b) + beta d`, row-major, accumulated in f32; d is what c held or another matrix.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Product {
@@ -224,8 +246,10 @@ pub struct Product {
     pub transposed: (bool, bool),
     /// m, n, k.
     pub sizes: (usize, usize, usize),
-    /// Element type of a and b.
+    /// Element type of a and b; without meaning where they have 8 bits.
     pub input: DType,
+    /// What a and b are where they have 8 bits: then a is stored as it is and b transposed, and all sizes are multiples of 16.
+    pub eights: Option<Eights>,
     /// Element type of c.
     pub output: DType,
     /// Factor on the product.
@@ -439,6 +463,7 @@ sources![
     "causal_conv1d",
     "concat",
     "embed",
+    "fp8",
     "gated_delta",
     "linear",
     "linear_cross_entropy",

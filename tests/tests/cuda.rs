@@ -6,6 +6,7 @@ use marimba_dsl::run::{Precision, Run};
 use marimba_dsl::{Source, Valid, parse_run};
 use marimba_experiments::data::{Worker, open};
 use marimba_experiments::engine;
+use marimba_experiments::program::{self, Program, TrainOptions};
 use marimba_experiments::train::Trainer;
 
 /// Every mixer and every ffn in one model.
@@ -144,6 +145,60 @@ fn bf16_descends_as_f32_does() {
     );
 }
 
+/// Wide enough that projections run in 8 bits.
+const WIDE: &str = r#"(
+    name: "wide", vocab_size: 64, d_model: 256, n_layers: 4, context_len: 48,
+    mixers: { "attn": Attention(n_heads: 4), "m2": Mamba2(head_dim: 32, d_state: 16, chunk_size: 16) },
+    ffns: { "mlp": Glu(d_ff: 512) },
+    layout: ( mixer: ["m2", "attn", "m2", "m2"], ffn: "mlp" ),
+)"#;
+
+#[test]
+fn fp8_descends_as_bf16_does() {
+    let (bf16, fp8) = (of(WIDE, "Bf16", false), of(WIDE, "Bf16Fp8", false));
+    let (Some(bf16), Some(fp8)) = (gpu(&bf16, 200, true), gpu(&fp8, 200, true)) else {
+        return;
+    };
+    let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
+    let windows = bf16.chunks(20).zip(fp8.chunks(20));
+    let d: Vec<f64> = windows
+        .map(|(b, f)| (mean(f) - mean(b)).abs() / mean(b))
+        .collect();
+    eprintln!(
+        "means of 20 steps apart by {d:.4?}; losses {} to {} in bf16, {} in fp8",
+        bf16[0], bf16[199], fp8[199]
+    );
+    assert!(bf16 != fp8, "nothing ran in 8 bits");
+    assert!(d[0] < 2e-2, "{} and {}", fp8[0], bf16[0]);
+    assert!(
+        d.iter().all(|d| *d < 1e-1),
+        "{fp8:?} in fp8, {bf16:?} in bf16"
+    );
+}
+
+/// What does not fit is refused before anything is allocated, with what is largest and what would help; the engine goes on.
+#[test]
+fn too_large_a_step_is_refused_and_leaves_nothing_behind() {
+    let run = run("F32");
+    let engine = match CudaEngine::new() {
+        Ok(engine) => engine,
+        Err(e) => return eprintln!("skipped: {e}"),
+    };
+    let mut trainer = Trainer::new(&run, Box::new(engine)).expect("a trainer");
+    trainer.prepare(16, 48).expect("a small step fits");
+    let before = trainer.engine().memory().expect("a device").allocated;
+    let error = trainer
+        .prepare(1 << 20, 48)
+        .expect_err("refused")
+        .to_string();
+    for part in ["out of memory", "largest: ", "layers[", "recompute: Block"] {
+        assert!(error.contains(part), "{error}");
+    }
+    let after = trainer.engine().memory().expect("a device").allocated;
+    assert_eq!(before, after, "{error}");
+    trainer.prepare(16, 48).expect("still loaded");
+}
+
 #[test]
 fn equal_runs_give_equal_bits() {
     let run = fixed_order();
@@ -169,4 +224,41 @@ fn other_backends_refuse_bf16() {
         .expect("refused")
         .to_string();
     assert!(error.contains("Bf16") && error.contains("cpu"), "{error}");
+    let cpu = engine::open(marimba_dsl::run::Backend::Cpu, 1).expect("a cpu");
+    let error = Trainer::new(&run("Bf16Fp8"), cpu)
+        .err()
+        .expect("refused")
+        .to_string();
+    assert!(
+        error.contains("Bf16Fp8") && error.contains("on a GPU"),
+        "{error}"
+    );
+}
+
+/// The wide model's projections are products in 8 bits, forward and backward; nothing else is.
+#[test]
+fn projections_run_in_fp8() {
+    let run = of(WIDE, "Bf16Fp8", false);
+    let options = TrainOptions::of(&run);
+    let Program { graph, .. } = program::training(&run.model, &options, 16, 48).expect("a program");
+    let mut names: Vec<(&str, usize)> = Vec::new();
+    for node in graph.nodes.iter().filter(|n| graph.in_fp8(n)) {
+        match names.iter_mut().find(|(name, _)| *name == node.op.name()) {
+            Some((_, n)) => *n += 1,
+            None => names.push((node.op.name(), 1)),
+        }
+    }
+    // Of each Mamba-2 layer z, x and out, of attention q, k, v and out, of each ffn three; sections of 16 and 8 stay in bf16.
+    let each = 3 * 3 + 4 + 4 * 3;
+    names.sort_unstable();
+    assert_eq!(
+        names,
+        [("linear", each), ("linear_dw", each), ("linear_dx", each)]
+    );
+    let plain = TrainOptions {
+        fp8: false,
+        ..options
+    };
+    let Program { graph, .. } = program::training(&run.model, &plain, 16, 48).expect("a program");
+    assert!(!graph.nodes.iter().any(|n| graph.in_fp8(n)));
 }

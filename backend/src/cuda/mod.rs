@@ -60,6 +60,7 @@ pub fn cuda_bytes<'a>(programs: impl IntoIterator<Item = (&'a Graph, &'a Plan)>)
     // A kernel chosen for its device may need other scratch memory: this is what a Hopper card takes.
     let target = Target {
         hopper: true,
+        fp8: true,
         multiprocessors: 132,
         shared: 227 << 10,
         deterministic: false,
@@ -109,6 +110,15 @@ struct Stored {
     ptr: u64,
 }
 
+/// Memory that one program brought with it.
+#[derive(Default)]
+struct Made {
+    /// What only it uses.
+    memory: Vec<u64>,
+    /// What others may use from now on, by its key.
+    keys: Vec<String>,
+}
+
 struct Program {
     graph: Graph,
     plan: Plan,
@@ -129,6 +139,8 @@ struct Program {
     spans: Vec<Range<usize>>,
     /// Arena and scratch it was recorded with.
     at: (u64, u64),
+    /// Scratch that it needs.
+    scratch_bytes: usize,
 }
 
 impl From<KernelError> for BackendError {
@@ -267,7 +279,9 @@ fn check_bounds(g: &Graph, plan: &Plan) -> Result<(), BackendError> {
 }
 
 /// Whether the launchers can run this node.
-fn check_node(op: &Op, path: &str, types: &[Option<Type>]) -> Result<(), BackendError> {
+fn check_node(g: &Graph, node: &Node, target: Target) -> Result<(), BackendError> {
+    let Node { op, path, .. } = node;
+    let types: Vec<Option<&Type>> = node.args.iter().map(|a| a.map(|v| g.ty(v))).collect();
     let refuse = |why: String| {
         Err(BackendError::Unsupported {
             op: op.name(),
@@ -276,9 +290,15 @@ fn check_node(op: &Op, path: &str, types: &[Option<Type>]) -> Result<(), Backend
             why,
         })
     };
+    if g.in_fp8(node) && !target.fp8 {
+        return refuse(
+            "products in 8 bits need a GPU of compute capability 8.9 or later; set precision: Bf16"
+                .into(),
+        );
+    }
     match op {
         Op::Attention(_) | Op::AttentionBwd(_) => {
-            let p = types.first().and_then(Option::as_ref).map_or(0, Type::last);
+            let p = types.first().copied().flatten().map_or(0, Type::last);
             if p > 256 {
                 return refuse(format!("heads of {p} channels; at most 256 are possible"));
             }
@@ -324,6 +344,7 @@ fn record(
         r.next_op();
         exec::record(
             &node.op,
+            g.in_fp8(node),
             &mut r,
             &k::Args {
                 args: &args,
@@ -521,17 +542,160 @@ impl CudaEngine {
         Ok(())
     }
 
+    /// Loads a program but for its place among the others; `made` hears of memory as it is allocated.
+    fn bind(&mut self, graph: Graph, plan: Plan, made: &mut Made) -> Result<Program, BackendError> {
+        check_bounds(&graph, &plan)?;
+        let target = self.target();
+        for node in &graph.nodes {
+            check_node(&graph, node, target)?;
+        }
+        let scratch = scratch_bytes(&graph, &plan, target);
+        let grown = |area: &Area, bytes: usize| if bytes > area.bytes { bytes } else { 0 };
+        let freed = |area: &Area, bytes: usize| if bytes > area.bytes { area.bytes } else { 0 };
+        let key = |v: ValueId, e: &External| format!("{}:{}", e.word(), graph.value(v).name);
+        let externals: Vec<(ValueId, &External)> = graph
+            .value_ids()
+            .filter_map(|v| graph.external(v).map(|e| (v, e)))
+            .collect();
+        let new_bytes: usize = externals
+            .iter()
+            .filter(|(v, e)| !is_shared(e) || !self.stored.contains_key(&key(*v, e)))
+            .map(|(v, _)| room(graph.ty(*v)))
+            .sum();
+        let need = grown(&self.arena, plan.arena_bytes) + grown(&self.scratch, scratch) + new_bytes;
+        let have = self.device.memory()?.0
+            + freed(&self.arena, plan.arena_bytes)
+            + freed(&self.scratch, scratch);
+        if need > have {
+            let largest = plan
+                .largest_at_peak(&graph, 3)
+                .iter()
+                .map(|(path, ty, bytes)| format!("{path} {ty} {bytes} bytes"))
+                .collect::<Vec<_>>()
+                .join(", ");
+            return Err(BackendError::OutOfMemory {
+                need,
+                have,
+                largest: format!("{largest}, scratch {scratch} bytes"),
+            });
+        }
+        let mut addresses = HashMap::new();
+        let inputs = places(
+            &graph,
+            externals
+                .iter()
+                .filter(|(_, e)| **e == External::Input)
+                .map(|(v, _)| (graph.value(*v).name.clone(), *v)),
+        );
+        let outputs = places(
+            &graph,
+            graph
+                .outputs
+                .iter()
+                .filter(|(name, _)| !crate::stays(name))
+                .cloned(),
+        );
+        let size = |list: &[(String, ValueId, Range<usize>)]| list.last().map_or(0, |l| l.2.end);
+        let input_block = self.device.allocate(size(&inputs).max(LEAST))?;
+        made.memory.push(input_block);
+        for (_, v, place) in &inputs {
+            addresses.insert(*v, input_block + place.start as u64);
+        }
+        for (v, e) in externals {
+            let ty = graph.ty(v);
+            let ptr = match e {
+                External::Input => continue,
+                External::Const(_) => {
+                    let ptr = self.device.allocate(ty.bytes().max(LEAST))?;
+                    made.memory.push(ptr);
+                    ptr
+                }
+                External::Param
+                | External::Master
+                | External::Grad
+                | External::Moment1
+                | External::Moment2
+                | External::State => {
+                    let key = key(v, e);
+                    let new = !self.stored.contains_key(&key);
+                    let ptr = self.store(&key, ty)?;
+                    if new {
+                        made.keys.push(key);
+                    }
+                    ptr
+                }
+            };
+            addresses.insert(v, ptr);
+            match e {
+                External::Const(data) => {
+                    let host = match ty.dtype {
+                        DType::I32 => HostTensor::I32(data.iter().map(|&x| x as i32).collect()),
+                        DType::F32 | DType::Bf16 | DType::F16 => HostTensor::F32(data.clone()),
+                    };
+                    self.copy_in(&graph.value(v).name, ty, ptr, &host)?;
+                }
+                External::Input
+                | External::Param
+                | External::Master
+                | External::Grad
+                | External::Moment1
+                | External::Moment2
+                | External::State => {}
+            }
+        }
+        let staged = self.device.pinned(size(&inputs))?;
+        let results = self.device.pinned(size(&outputs))?;
+        Self::grow(&self.device, &mut self.arena, plan.arena_bytes)?;
+        Self::grow(&self.device, &mut self.scratch, scratch)?;
+        let at = (self.arena.ptr, self.scratch.ptr);
+        let of = |v| address(&plan, at.0, &addresses, v);
+        let (r, spans) = record(&graph, of, at.1, target);
+        let mut prepared = self.device.prepare(&r.commands, self.progress)?;
+        self.tune(&mut prepared)?;
+        self.device.sync()?;
+        Ok(Program {
+            graph,
+            plan,
+            externals: addresses,
+            input_block,
+            inputs,
+            staged,
+            outputs,
+            results,
+            prepared,
+            captured: None,
+            runs: 0,
+            spans,
+            at,
+            scratch_bytes: scratch,
+        })
+    }
+
+    /// Gives back what a program that could not be loaded had allocated.
+    fn undo(&mut self, made: Made) {
+        let stored = made.keys.iter().filter_map(|key| self.stored.remove(key));
+        let all: Vec<u64> = stored.map(|s| s.ptr).chain(made.memory).collect();
+        for ptr in all {
+            // SAFETY: allocated for the program alone, which never ran.
+            unsafe { self.device.free(ptr) };
+        }
+    }
+
     /// Records a program again where memory has moved, and copies inputs in.
     fn begin(
         &mut self,
         program: ProgramId,
         inputs: &[(&str, HostTensor)],
     ) -> Result<(), BackendError> {
-        let (at, target) = ((self.arena.ptr, self.scratch.ptr), self.target());
+        let target = self.target();
         let unknown = || BackendError::Unknown {
             name: format!("program {}", program.0),
         };
         let p = self.programs.get_mut(program.0).ok_or_else(unknown)?;
+        // Areas are there unless a larger program failed to be loaded.
+        Self::grow(&self.device, &mut self.arena, p.plan.arena_bytes)?;
+        Self::grow(&self.device, &mut self.scratch, p.scratch_bytes)?;
+        let at = (self.arena.ptr, self.scratch.ptr);
         if p.at != at {
             let of = |v| address(&p.plan, at.0, &p.externals, v);
             let (r, spans) = record(&p.graph, of, at.1, target);
@@ -602,123 +766,18 @@ impl Engine for CudaEngine {
     }
 
     fn load(&mut self, graph: Graph, plan: Plan) -> Result<ProgramId, BackendError> {
-        check_bounds(&graph, &plan)?;
-        for node in &graph.nodes {
-            let types: Vec<Option<Type>> = node
-                .args
-                .iter()
-                .map(|a| a.map(|v| graph.ty(v).clone()))
-                .collect();
-            check_node(&node.op, &node.path, &types)?;
-        }
-        let target = self.target();
-        let scratch = scratch_bytes(&graph, &plan, target);
-        let grown = |area: &Area, bytes: usize| if bytes > area.bytes { bytes } else { 0 };
-        let freed = |area: &Area, bytes: usize| if bytes > area.bytes { area.bytes } else { 0 };
-        let key = |v: ValueId, e: &External| format!("{}:{}", e.word(), graph.value(v).name);
-        let externals: Vec<(ValueId, &External)> = graph
-            .value_ids()
-            .filter_map(|v| graph.external(v).map(|e| (v, e)))
-            .collect();
-        let new_bytes: usize = externals
-            .iter()
-            .filter(|(v, e)| !is_shared(e) || !self.stored.contains_key(&key(*v, e)))
-            .map(|(v, _)| room(graph.ty(*v)))
-            .sum();
-        let need = grown(&self.arena, plan.arena_bytes) + grown(&self.scratch, scratch) + new_bytes;
-        let have = self.device.memory()?.0
-            + freed(&self.arena, plan.arena_bytes)
-            + freed(&self.scratch, scratch);
-        if need > have {
-            let largest = plan
-                .largest_at_peak(&graph, 3)
-                .iter()
-                .map(|(path, ty, bytes)| format!("{path} {ty} {bytes} bytes"))
-                .collect::<Vec<_>>()
-                .join(", ");
-            return Err(BackendError::OutOfMemory {
-                need,
-                have,
-                largest: format!("{largest}, scratch {scratch} bytes"),
-            });
-        }
-        let mut addresses = HashMap::new();
-        let inputs = places(
-            &graph,
-            externals
-                .iter()
-                .filter(|(_, e)| **e == External::Input)
-                .map(|(v, _)| (graph.value(*v).name.clone(), *v)),
-        );
-        let outputs = places(
-            &graph,
-            graph
-                .outputs
-                .iter()
-                .filter(|(name, _)| !crate::stays(name))
-                .cloned(),
-        );
-        let size = |list: &[(String, ValueId, Range<usize>)]| list.last().map_or(0, |l| l.2.end);
-        let input_block = self.device.allocate(size(&inputs).max(LEAST))?;
-        for (_, v, place) in &inputs {
-            addresses.insert(*v, input_block + place.start as u64);
-        }
-        for (v, e) in externals {
-            let ty = graph.ty(v);
-            let ptr = match e {
-                External::Input => continue,
-                External::Const(_) => self.device.allocate(ty.bytes().max(LEAST))?,
-                External::Param
-                | External::Master
-                | External::Grad
-                | External::Moment1
-                | External::Moment2
-                | External::State => self.store(&key(v, e), ty)?,
-            };
-            addresses.insert(v, ptr);
-            match e {
-                External::Const(data) => {
-                    let host = match ty.dtype {
-                        DType::I32 => HostTensor::I32(data.iter().map(|&x| x as i32).collect()),
-                        DType::F32 | DType::Bf16 | DType::F16 => HostTensor::F32(data.clone()),
-                    };
-                    self.copy_in(&graph.value(v).name, ty, ptr, &host)?;
-                }
-                External::Input
-                | External::Param
-                | External::Master
-                | External::Grad
-                | External::Moment1
-                | External::Moment2
-                | External::State => {}
+        let mut made = Made::default();
+        let program = self.bind(graph, plan, &mut made);
+        match program {
+            Ok(program) => {
+                self.programs.push(program);
+                Ok(ProgramId(self.programs.len() - 1))
+            }
+            Err(e) => {
+                self.undo(made);
+                Err(e)
             }
         }
-        let staged = self.device.pinned(size(&inputs))?;
-        let results = self.device.pinned(size(&outputs))?;
-        Self::grow(&self.device, &mut self.arena, plan.arena_bytes)?;
-        Self::grow(&self.device, &mut self.scratch, scratch)?;
-        let at = (self.arena.ptr, self.scratch.ptr);
-        let of = |v| address(&plan, at.0, &addresses, v);
-        let (r, spans) = record(&graph, of, at.1, target);
-        let mut prepared = self.device.prepare(&r.commands, self.progress)?;
-        self.tune(&mut prepared)?;
-        self.device.sync()?;
-        self.programs.push(Program {
-            graph,
-            plan,
-            externals: addresses,
-            input_block,
-            inputs,
-            staged,
-            outputs,
-            results,
-            prepared,
-            captured: None,
-            runs: 0,
-            spans,
-            at,
-        });
-        Ok(ProgramId(self.programs.len() - 1))
     }
 
     fn run(

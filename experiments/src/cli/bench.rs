@@ -40,7 +40,7 @@ pub(super) struct BenchTrainArgs {
     /// auto, cpu, dfdx or cuda
     #[arg(long, default_value = "auto")]
     backend: String,
-    /// Number formats: f32, or bf16 with f32 master weights
+    /// Number formats: f32, bf16 with f32 master weights, or that with the products of projections in 8 bits
     #[arg(long, value_enum, default_value = "f32")]
     precision: PrecisionArg,
     /// Launch kernel by kernel instead of replaying CUDA graphs
@@ -74,14 +74,29 @@ pub(super) struct BenchTrainArgs {
 pub(super) enum PrecisionArg {
     F32,
     Bf16,
+    /// bf16 with the products of projections in 8 bits
+    #[value(name = "bf16-fp8")]
+    Bf16Fp8,
 }
 
 impl PrecisionArg {
     pub(super) fn dtype(self) -> DType {
         match self {
             PrecisionArg::F32 => DType::F32,
-            PrecisionArg::Bf16 => DType::Bf16,
+            PrecisionArg::Bf16 | PrecisionArg::Bf16Fp8 => DType::Bf16,
         }
+    }
+
+    pub(super) fn fp8(self) -> bool {
+        self == PrecisionArg::Bf16Fp8
+    }
+}
+
+/// The policy of `--activations`.
+pub(super) fn recompute(gib: Option<f64>) -> Recompute {
+    match gib {
+        Some(gib) => Recompute::Budget((gib * (1u64 << 30) as f64) as u64),
+        None => Recompute::None,
     }
 }
 
@@ -143,10 +158,8 @@ fn bench_train(args: &BenchTrainArgs) -> Result<(), CliError> {
         &model,
         &TrainOptions {
             compute,
-            recompute: match args.activations {
-                Some(gib) => Recompute::Budget((gib * (1u64 << 30) as f64) as u64),
-                None => Recompute::None,
-            },
+            fp8: args.precision.fp8(),
+            recompute: recompute(args.activations),
             ..TrainOptions::plain()
         },
         args.batch.max(1),
@@ -220,7 +233,10 @@ fn bench_train(args: &BenchTrainArgs) -> Result<(), CliError> {
     let result = BenchTrain {
         model: model.name.clone(),
         backend: name,
-        precision: compute.to_string(),
+        precision: match args.precision.fp8() {
+            true => format!("{compute} and fp8"),
+            false => compute.to_string(),
+        },
         threads,
         batch: args.batch,
         seq_len: args.seq,

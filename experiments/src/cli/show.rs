@@ -1,6 +1,6 @@
 //! `marimba show FILE`: layers as a table and a diagram, counts, and the memory of a step before anything runs.
 
-use super::bench::PrecisionArg;
+use super::bench::{PrecisionArg, recompute};
 use super::{CliError, Sets, human, human_bytes, print_json};
 use crate::facts::facts;
 use crate::program::{self, Program, TrainOptions};
@@ -32,9 +32,12 @@ pub(super) struct ShowArgs {
     /// Print the memory plan: arena, live bound, largest values at the peak
     #[arg(long)]
     plan: bool,
-    /// Number formats: f32, or bf16 with f32 master weights
+    /// Number formats: f32, bf16 with f32 master weights, or that with the products of projections in 8 bits
     #[arg(long, value_enum, default_value = "f32")]
     precision: PrecisionArg,
+    /// Recompute activations so that they take at most so many GiB
+    #[arg(long, value_name = "GIB")]
+    activations: Option<f64>,
     /// Which graph
     #[arg(long, value_enum, default_value = "train")]
     mode: ModeArg,
@@ -106,6 +109,8 @@ pub(super) fn run(args: &ShowArgs) -> Result<(), CliError> {
         ModeArg::Train => {
             let options = TrainOptions {
                 compute: args.precision.dtype(),
+                fp8: args.precision.fp8(),
+                recompute: recompute(args.activations),
                 ..TrainOptions::plain()
             };
             program::training(&model, &options, batch, seq)?

@@ -65,9 +65,10 @@ impl Trainer {
     /// [`TrainError`] when the run does not fit the engine.
     pub fn new(run: &Run, mut engine: Box<dyn Engine>) -> Result<Trainer, TrainError> {
         let help = match (run.precision, engine.name()) {
-            (Precision::F32, _) | (Precision::Bf16, "cuda") => None,
-            (Precision::Bf16, _) => Some("set precision: F32, or train on a GPU"),
-            (Precision::Bf16Fp8, _) => Some("set precision: Bf16 or F32"),
+            (Precision::F32, _) | (Precision::Bf16 | Precision::Bf16Fp8, "cuda") => None,
+            (Precision::Bf16 | Precision::Bf16Fp8, _) => {
+                Some("set precision: F32, or train on a GPU")
+            }
         };
         if let Some(help) = help {
             return Err(TrainError::Unsupported {

@@ -338,6 +338,7 @@ impl Run {
                 transposed: (false, true),
                 sizes: (n, n, n),
                 input: DType::Bf16,
+                eights: None,
                 output: DType::Bf16,
                 alpha: 1.0,
                 beta: 0.0,
