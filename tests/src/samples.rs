@@ -522,6 +522,7 @@ pub fn draw(name: &str, seed: u64) -> Option<Sample> {
                 eps: 1e-8,
                 clip: g.pick(&[None, Some(1.0)]),
                 tensors,
+                copies: Vec::new(),
             };
             sample(op, args, &[], &[])
         }
