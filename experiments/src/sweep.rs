@@ -14,10 +14,11 @@ use crate::record::metrics::read_metrics;
 use crate::record::sweep_file::tag;
 use crate::record::{RecordError, RunDir, RunState, RunStatus, RunSummary, run_dir, summary};
 use crate::train::{
-    Finish, LogLine, Observer, StepOutcome, TrainRequest, data_hash, graph_hash, memory_bytes,
-    train,
+    Finish, LogLine, Observer, StepOutcome, TrainRequest, data_hash, device_bytes, graph_hash,
+    memory_bytes, train,
 };
-use marimba_dsl::run::Run;
+use marimba_backend::Engine;
+use marimba_dsl::run::{Backend, Run};
 use marimba_dsl::sweep::{Counts, Halving, Member, Sweep};
 use std::collections::{BTreeMap, HashMap};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -223,7 +224,7 @@ pub fn run(request: &SweepRequest, observer: Box<dyn SweepObserver>) -> Vec<Ende
     };
     let pool = Pool {
         request,
-        memory: Memory::new(),
+        room: Room::of(chosen.iter().map(|&i| members[i].run.backend)),
         finder: Finder::default(),
         observer: Mutex::new(observer),
         ended: members
@@ -242,6 +243,49 @@ pub fn run(request: &SweepRequest, observer: Box<dyn SweepObserver>) -> Vec<Ende
     pool.ended.into_iter().map(into_inner).collect()
 }
 
+/// Where members find room: on the GPU those that train there, in this machine's memory the others.
+struct Room {
+    host: Memory,
+    device: Option<Memory>,
+    /// Keeps the GPU open between members.
+    _gpu: Option<Mutex<Box<dyn Engine>>>,
+}
+
+impl Room {
+    /// Asks for a GPU where a backend may be one. What an engine takes when it is opened is part of what a member is said to need.
+    fn of(mut backends: impl Iterator<Item = Backend>) -> Room {
+        let gpu = backends
+            .any(|b| matches!(b, Backend::Auto | Backend::Cuda))
+            .then(|| engine::open(Backend::Cuda, 1).ok())
+            .flatten();
+        let free = gpu
+            .as_ref()
+            .map(|g| g.memory().map(|m| free_of(m.total, m.in_use)));
+        Room {
+            host: Memory::of(marimba_backend::available_bytes().map(|bytes| bytes as u64)),
+            device: free.map(Memory::of),
+            _gpu: gpu.map(Mutex::new),
+        }
+    }
+
+    /// The memory that a run trains in, and how much of it its plans say it needs.
+    fn of_run(&self, run: &Run) -> (&Memory, u64) {
+        match (&self.device, run.backend) {
+            (Some(device), Backend::Auto | Backend::Cuda) => (device, device_bytes(run)),
+            (_, Backend::Auto | Backend::Cpu | Backend::Cuda | Backend::Dfdx) => {
+                (&self.host, memory_bytes(run))
+            }
+        }
+    }
+}
+
+/// What members may share of a GPU: what is free, less a sixteenth for what no plan knows: the code of kernels, the driver's tables, and
+/// the pages that allocations do not fill.
+fn free_of(total: usize, in_use: usize) -> u64 {
+    let free = total.saturating_sub(in_use) as u64;
+    free - free / 16
+}
+
 /// Memory that members share out among them by what their plans say they need.
 struct Memory {
     /// Free bytes and members that hold some; `None` where this system does not say what is free.
@@ -250,9 +294,9 @@ struct Memory {
 }
 
 impl Memory {
-    fn new() -> Memory {
+    fn of(bytes: Option<u64>) -> Memory {
         Memory {
-            free: marimba_backend::available_bytes().map(|bytes| Mutex::new((bytes as u64, 0))),
+            free: bytes.map(|bytes| Mutex::new((bytes, 0))),
             given_back: Condvar::new(),
         }
     }
@@ -282,7 +326,7 @@ impl Memory {
 
 struct Pool<'a> {
     request: &'a SweepRequest<'a>,
-    memory: Memory,
+    room: Room,
     finder: Finder,
     observer: Mutex<Box<dyn SweepObserver>>,
     ended: Vec<Mutex<Ended>>,
@@ -349,8 +393,8 @@ impl Pool<'_> {
             observer: &self.observer,
         };
         // A bug in one member must not take the others' results with it.
-        let bytes = memory_bytes(&member.run);
-        let outcome = self.memory.with(bytes, || {
+        let (memory, bytes) = self.room.of_run(&member.run);
+        let outcome = memory.with(bytes, || {
             catch_unwind(AssertUnwindSafe(|| train(&request, &mut tap)))
         });
         match outcome {
@@ -566,10 +610,7 @@ mod tests {
 
     #[test]
     fn members_wait_for_memory_and_a_large_one_runs_alone() {
-        let memory = Memory {
-            free: Some(Mutex::new((100, 0))),
-            given_back: Condvar::new(),
-        };
+        let memory = Memory::of(Some(100));
         let (held, most) = (AtomicUsize::new(0), AtomicUsize::new(0));
         std::thread::scope(|scope| {
             for bytes in [60, 60, 60, 500] {

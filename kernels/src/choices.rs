@@ -8,6 +8,7 @@ use crate::compile::cache_folder;
 use cudarc::cublaslt::sys;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 
 /// Algorithms by product.
 #[derive(Debug, Default)]
@@ -40,11 +41,17 @@ impl Choices {
         self.known.insert(key, algo.data);
     }
 
-    /// Writes all; a cache that cannot be written costs time, not the run.
+    /// Adds to the file what it lacks; a cache that cannot be written costs time, not the run. Several engines of a process may choose at the
+    /// same time: the first choice for a product stays.
     pub(crate) fn save(&self) {
+        static WRITING: Mutex<()> = Mutex::new(());
+        let _alone = WRITING.lock().unwrap_or_else(PoisonError::into_inner);
         let Some(file) = &self.file else { return };
         let Some(folder) = file.parent() else { return };
-        let text: String = self.known.iter().map(|(k, v)| line(k, v)).collect();
+        let mut known = self.known.clone();
+        let text = std::fs::read_to_string(file).unwrap_or_default();
+        known.extend(text.lines().filter_map(parse));
+        let text: String = known.iter().map(|(k, v)| line(k, v)).collect();
         let part = file.with_extension(format!("{}.part", std::process::id()));
         let written =
             std::fs::create_dir_all(folder).is_ok() && std::fs::write(&part, text).is_ok();

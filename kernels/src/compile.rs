@@ -202,7 +202,10 @@ impl Compiler {
             && let Some(folder) = file.parent()
             && std::fs::create_dir_all(folder).is_ok()
         {
-            let part = file.with_extension(format!("{}.part", std::process::id()));
+            // Several engines of a process may compile the same module at the same time.
+            static WRITTEN: AtomicUsize = AtomicUsize::new(0);
+            let nth = WRITTEN.fetch_add(1, Ordering::Relaxed);
+            let part = file.with_extension(format!("{}-{nth}.part", std::process::id()));
             if std::fs::write(&part, &bytes).is_ok() && std::fs::rename(&part, &file).is_err() {
                 let _ = std::fs::remove_file(&part);
             }

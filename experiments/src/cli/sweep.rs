@@ -5,6 +5,7 @@ use crate::record::SweepFile;
 use crate::report;
 use crate::slurm::ArrayJob;
 use crate::sweep::{self, Ended, Finder, Found, SweepRequest};
+use crate::train::device_bytes;
 use crate::{engine, interrupt};
 use clap::{Args, ValueEnum};
 
@@ -25,7 +26,7 @@ pub(super) struct SweepArgs {
     file: PathBuf,
     #[command(flatten)]
     sets: Sets,
-    /// Members that run at the same time; threads are shared out among them [default: one per core]
+    /// Members that run at the same time, as far as their memory fits; threads are shared out among them [default: one per core]
     #[arg(long)]
     jobs: Option<usize>,
     /// Threads of a member [default: the cores over the jobs; with slurm: 1]
@@ -183,7 +184,7 @@ fn dry_run(
     let held = sweep.hold.as_ref().map(|h| h.quantity.name());
     if as_json {
         let rows = sweep.members.iter().zip(found).enumerate().map(|(i, (m, f))| {
-            let mut row = json!({ "member": m.name, "group": m.group, "state": word(f), "set": m.set.iter().cloned().collect::<BTreeMap<_, _>>() });
+            let mut row = json!({ "member": m.name, "group": m.group, "state": word(f), "device_bytes": device_bytes(&m.run), "set": m.set.iter().cloned().collect::<BTreeMap<_, _>>() });
             if let (Some(r), Some(map)) = (residuals.get(i), row.as_object_mut()) {
                 map.insert("held".into(), json!({ "quantity": held, "target": r.target, "reached": r.reached, "residual": r.relative(), "knobs": r.knobs.iter().cloned().collect::<BTreeMap<_, _>>() }));
             }

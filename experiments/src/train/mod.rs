@@ -10,8 +10,8 @@ mod step;
 
 pub use eval::{EvalResult, Forward, evaluate, score};
 pub use run_loop::{
-    Finish, Identity, LogLine, Observer, Outcome, TrainRequest, data_hash, graph_hash,
-    memory_bytes, train,
+    Finish, Identity, LogLine, Observer, Outcome, TrainRequest, data_hash, device_bytes,
+    graph_hash, memory_bytes, train,
 };
 pub(crate) use step::loss_inputs;
 pub use step::{StepOutcome, Trainer};

@@ -5,18 +5,18 @@ use super::{EvalResult, StepOutcome, TrainError, Trainer};
 use crate::checkpoint::{self, Checkpoint, Contents};
 use crate::data::{Batch, Loader, LoaderState, Worker, open};
 use crate::facts::{Facts, facts};
-use crate::program::{self, CompileError, TrainOptions};
+use crate::program::{self, CompileError, Program, TrainOptions};
 use crate::record::metrics::{curve_facts, read_metrics};
 use crate::record::{
     HParam, Histogram, Recorder, RunDir, RunFiles, RunState, RunSummary, run_dir, tags,
 };
 use crate::{engine, interrupt, record::files::content_hash, transfer};
-use marimba_backend::HostTensor;
+use marimba_backend::{HostTensor, cuda_bytes};
 use marimba_dsl::Valid;
 use marimba_dsl::run::Run;
 use marimba_ir::op::{STAT_BUCKETS, STAT_LEN};
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -272,6 +272,45 @@ pub fn memory_bytes(run: &Run) -> u64 {
     });
     let params: usize = scaled.params.iter().map(|p| p.ty.bytes()).sum();
     arenas.max().unwrap_or(0) + 4 * params as u64
+}
+
+/// Bytes that training a run takes on a GPU by the plans of all its programs: the optimiser, and training and evaluation in every shape.
+/// 0 for what cannot be compiled or read, which training will tell.
+pub fn device_bytes(run: &Run) -> u64 {
+    let programs = || -> Result<Vec<Program>, TrainError> {
+        let scaled = transfer::apply(run)?;
+        let options = TrainOptions::of(run);
+        let mut programs = vec![program::optimizer(&scaled.params, run, &scaled.lr)?];
+        for (phase, loader) in run.phases.iter().zip(open_loaders(run)?) {
+            for probe in [false, true] {
+                if !probe || run.probe_every.is_some() {
+                    let options = TrainOptions {
+                        probe,
+                        ..options.clone()
+                    };
+                    let (batch, seq_len) = (phase.batch, phase.seq_len);
+                    programs.push(program::training(&scaled.model, &options, batch, seq_len)?);
+                }
+            }
+            let mut lengths: BTreeSet<usize> = BTreeSet::new();
+            if phase.eval.sets.is_empty() {
+                lengths.extend(loader.eval_sets().iter().map(|s| s.seq_len));
+            }
+            for (_, data) in &phase.eval.sets {
+                let loader = open::open(data, phase.seq_len, run.seed, Worker::ALL)?;
+                lengths.extend(loader.eval_sets().iter().map(|s| s.seq_len));
+            }
+            for seq_len in lengths {
+                let compute = options.compute;
+                let program = program::evaluation(&scaled.model, compute, phase.batch, seq_len)?;
+                programs.push(program);
+            }
+        }
+        Ok(programs)
+    };
+    programs().map_or(0, |all| {
+        cuda_bytes(all.iter().map(|p| (&p.graph, &p.plan))).total() as u64
+    })
 }
 
 /// The training graph of the first phase as text, runs of equal layers once.
