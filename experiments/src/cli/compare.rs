@@ -36,6 +36,9 @@ pub(super) struct CompareArgs {
     /// Write the table as CSV
     #[arg(long, value_name = "FILE")]
     csv: Option<PathBuf>,
+    /// Write the scaling laws as CSV
+    #[arg(long, value_name = "FILE")]
+    laws: Option<PathBuf>,
     /// Print the comparison as JSON on stdout
     #[arg(long)]
     json: bool,
@@ -53,11 +56,12 @@ enum Good {
 fn long_help() -> String {
     format!(
         "Examples:\n  marimba compare runs/quickstart --html report.html\n  marimba compare runs/a runs/b            # also explains the difference\n  \
-         marimba compare lightning_logs --metric val_loss\n\nColumns of --csv, one line per configuration:\n{}\n\n\
+         marimba compare lightning_logs --metric val_loss\n\nColumns of --csv, one line per configuration:\n{}\n\nColumns of --laws, one line per scaling law:\n{}\n\n\
          Fields of --json: title, question, metric, goal, reference, verdict (sentences), notes, metrics, groups, laws (scaling laws),\n\
          members (runs), and explanation where there are two runs. A group has the columns above as fields; each metric is\n\
          {{n, n_non_finite, mean, sd, ci95}}, test is {{method, n, difference, ci95, p, p_adjusted, verdict}}; null is unknown.",
-        report::table::CSV_COLUMNS
+        report::table::CSV_COLUMNS,
+        report::table::LAW_COLUMNS
     )
 }
 
@@ -95,6 +99,9 @@ pub(super) fn run(args: &CompareArgs) -> Result<(), CliError> {
     }
     if let Some(path) = &args.csv {
         write_atomic(path, report::table::csv(&comparison).as_bytes())?;
+    }
+    if let Some(path) = &args.laws {
+        write_atomic(path, report::table::laws_csv(&comparison).as_bytes())?;
     }
     let explanation = match &runs[..] {
         [a, b] => Some(report::explain::explain(a, b)),

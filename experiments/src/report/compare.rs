@@ -153,6 +153,17 @@ impl Cost {
         }
     }
 
+    /// Name of its column in tables for programs.
+    pub fn column(self) -> &'static str {
+        match self {
+            Cost::ParamsTotal => "params_total",
+            Cost::ParamsActive => "params_active",
+            Cost::DecodeBytes => "decode_bytes",
+            Cost::FlopsPerToken => "flops_per_token",
+            Cost::TokensPerSec => "tokens_per_sec",
+        }
+    }
+
     /// In words, with the unit.
     pub fn words(self) -> &'static str {
         match self {

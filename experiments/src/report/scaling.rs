@@ -169,6 +169,18 @@ mod tests {
             words.contains("Scaling laws") && words.contains("a: eval/loss = 1.000"),
             "{words}"
         );
+        let csv = crate::report::table::laws_csv(&c);
+        let lines: Vec<&str> = csv.trim_end().split("\r\n").collect();
+        assert_eq!(lines.len(), 1 + 4);
+        let cells = |line: &str| line.split(',').map(str::to_owned).collect::<Vec<_>>();
+        let (head, law) = (cells(lines[0]), cells(lines[2]));
+        let at = |name: &str| &law[head.iter().position(|h| h == name).unwrap()];
+        assert_eq!(
+            [at("family"), at("metric"), at("x"), at("points")],
+            ["a", "eval/loss", "flops_per_token", "5"]
+        );
+        assert_eq!(at("exponent"), &c.laws[1].fit.law.b.to_string());
+        assert_eq!(at("x_high"), "2000000");
         // Equal sizes have no law.
         assert!(compare(&five_by_two(), &Options::default()).laws.is_empty());
         // Too few of them are refused in words, and so is what does not fall.

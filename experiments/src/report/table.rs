@@ -372,6 +372,40 @@ pub fn csv(c: &Comparison) -> String {
     out
 }
 
+/// What the columns of the scaling laws' CSV mean, for the help text.
+pub const LAW_COLUMNS: &str = "\
+family (empty where there is one), metric, x (params_active or flops_per_token), floor, factor, exponent (metric = floor + factor x^-exponent),
+floor_ci95_low, floor_ci95_high, factor_ci95_low, factor_ci95_high, exponent_ci95_low, exponent_ci95_high (bootstrap), x_low, x_high (sizes
+fitted), points, rmse, resamples.";
+
+/// The scaling laws as CSV (RFC 4180), one line per law, full precision; only the head where there is none.
+pub fn laws_csv(c: &Comparison) -> String {
+    let mut out = String::from(
+        "family,metric,x,floor,factor,exponent,floor_ci95_low,floor_ci95_high,factor_ci95_low,factor_ci95_high,exponent_ci95_low,\
+         exponent_ci95_high,x_low,x_high,points,rmse,resamples\r\n",
+    );
+    for l in &c.laws {
+        let (law, fit) = (&l.fit.law, &l.fit);
+        let mut cells = vec![
+            l.family.clone(),
+            c.metric.clone().unwrap_or_default(),
+            l.cost.column().to_owned(),
+        ];
+        let mut numbers = vec![law.e, law.a, law.b];
+        numbers.extend(fit.ci95.iter().flat_map(|(low, high)| [*low, *high]));
+        numbers.extend([l.range.0, l.range.1]);
+        cells.extend(numbers.iter().map(f64::to_string));
+        cells.extend([
+            fit.n.to_string(),
+            fit.rmse.to_string(),
+            fit.n_resamples.to_string(),
+        ]);
+        let cells: Vec<String> = cells.into_iter().map(quote).collect();
+        let _ = write!(out, "{}\r\n", cells.join(","));
+    }
+    out
+}
+
 pub(crate) fn quote(cell: String) -> String {
     if cell.contains([',', '"', '\n', '\r']) {
         format!("\"{}\"", cell.replace('"', "\"\""))
