@@ -276,16 +276,21 @@ fn gated_delta_net() -> BoxedStrategy<GatedDeltaNet> {
         1usize..5,
         1usize..9,
         eps(),
+        dt_init(),
     )
         .prop_map(
-            |(k, per, k_head_dim, v_head_dim, d_conv, chunk_size, norm_eps)| GatedDeltaNet {
-                n_k_heads: k,
-                n_v_heads: k * per,
-                k_head_dim,
-                v_head_dim,
-                d_conv,
-                chunk_size,
-                norm_eps,
+            |(k, per, k_head_dim, v_head_dim, d_conv, chunk_size, norm_eps, dt_init)| {
+                GatedDeltaNet {
+                    n_k_heads: k,
+                    n_v_heads: k * per,
+                    k_head_dim,
+                    v_head_dim,
+                    d_conv,
+                    chunk_size,
+                    norm_eps,
+                    dt_init,
+                    a_init: (1.0, 16.0),
+                }
             },
         )
         .boxed()
@@ -486,6 +491,7 @@ pub fn arb_model(limits: Limits) -> BoxedStrategy<Model> {
                         multiplier: factors.0,
                     },
                     layers,
+                    decoder: None,
                     final_norm,
                     head: Head {
                         tied,

@@ -20,12 +20,23 @@ pub struct Model {
     pub embedding: Embedding,
     /// The unrolled stack, first layer first.
     pub layers: Vec<Layer>,
+    /// What stands between the layers and the norm before the head.
+    pub decoder: Option<Decoder>,
     /// Norm before the head.
     pub final_norm: Norm,
     /// Projection to the vocabulary.
     pub head: Head,
     /// How parameters start when trained from scratch.
     pub init: Init,
+}
+
+/// What reads the layers' result, where it is not the head alone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub enum Decoder {
+    /// Every place is read from the last one's hidden state h: `m(m(h + s_t))` with `m(x) = gelu(W norm(x) + b)`, W [D, D], and sines and
+    /// cosines s_t of the place (the auto-encoder of MAD's compression task, arXiv 2403.17844). Not causal: for tasks that ask for the
+    /// row itself, never for the next token. 2 D^2 + 4 D parameters.
+    LastState,
 }
 
 /// `x = multiplier * table[token]`.
@@ -329,6 +340,10 @@ pub struct GatedDeltaNet {
     pub chunk_size: usize,
     /// eps of the gated output norm (norm before gate, weight over `v_head_dim`).
     pub norm_eps: f64,
+    /// Range of dt at initialisation.
+    pub dt_init: DtInit,
+    /// Range of A at initialisation: uniform, `A_log = ln A`.
+    pub a_init: (f64, f64),
 }
 
 /// What acts over channels. Closed, as [`Mixer`].

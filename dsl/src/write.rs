@@ -103,6 +103,7 @@ pub fn surface_model(model: &m::Model) -> s::Model {
         context_len: Some(model.context_len),
         norm_eps: Some(norm.eps),
         norm_zero_centered: norm.zero_centered.then_some(true),
+        decoder: model.decoder,
         final_norm: (model.final_norm != norm).then(|| surface_norm(model.final_norm)),
         tied: Some(model.head.tied),
         embedding_multiplier: (model.embedding.multiplier != 1.0)
@@ -345,6 +346,8 @@ fn mixer(body: &m::Mixer) -> s::Mixer {
             d_conv: a.d_conv,
             chunk_size: a.chunk_size,
             norm_eps: Some(a.norm_eps),
+            dt_init: dt_init(a.dt_init),
+            a_init: a.a_init,
         }),
         m::Mixer::Parallel(branches) => s::Mixer::Parallel(
             branches

@@ -30,6 +30,11 @@ pub enum GenerateError {
     /// Prompts that cannot be continued.
     #[error("{0}")]
     Prompt(String),
+    /// The model does not predict the next token.
+    #[error(
+        "the model has a decoder, which reads a whole row back from its last state and predicts no next token; score it with `marimba eval`"
+    )]
+    Decoder,
 }
 
 /// How to continue.
@@ -128,6 +133,9 @@ impl<'e> Session<'e> {
     /// [`GenerateError::Prompt`] for a wrong number of prompts, an empty one, a token outside the vocabulary, or no room; otherwise
     /// what the backend says.
     pub fn prefill(&mut self, prompts: &[Vec<i32>]) -> Result<Vec<f32>, GenerateError> {
+        if self.model.decoder.is_some() {
+            return Err(GenerateError::Decoder);
+        }
         let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
         if prompts.len() != self.batch {
             return Err(GenerateError::Prompt(format!(

@@ -155,6 +155,40 @@ fn both_cpu_backends_walk_the_same_way() {
     }
 }
 
+/// MAD's compression: with the decoder the row is read back from one state, so that a model too small to hold it cannot have it all.
+#[test]
+fn a_decoder_reads_rows_back_from_one_state() {
+    let run = |decoder: &str, backend: &str, steps: usize| {
+        let text = format!(
+            "( name: \"c\", model: ( vocab_size: 8, d_model: 16, n_layers: 2, context_len: 8, {decoder} init: (std: 0.2), \
+             mixers: {{ \"m\": Mamba2(head_dim: 8, d_state: 8, chunk_size: 8) }}, ffns: {{ \"mlp\": Glu(d_ff: 24) }} ), \
+             data: Compression(vocab_size: 8), steps: {steps}, batch: 8, seq_len: 8, optimizer: (lr: 1e-2), eval: (rows: 64), \
+             log_every: 5, backend: {backend} )"
+        );
+        parse_run(&Source::new("c.ron", text), &[])
+    };
+    let dir = tempfile::tempdir().expect("a folder");
+    let train = |backend: &str, steps: usize| {
+        let run = run("decoder: LastState,", backend, steps).unwrap_or_else(|r| panic!("{r}"));
+        let out = dir.path().join(format!("{backend}-{steps}"));
+        go(&run, &out, false, 1).expect("trains")
+    };
+    let ((_, native), (_, reference)) = (train("cpu", 8), train("dfdx", 8));
+    for (i, (a, b)) in native.iter().zip(&reference).enumerate() {
+        assert!(
+            (a - b).abs() < 1e-3 * a.abs(),
+            "step {}: {a} on cpu, {b} on dfdx",
+            i + 1
+        );
+    }
+    // Seven tokens of seven values: a guess scores 1/7, and a model that saw the row itself would soon score 1.
+    let (outcome, _) = train("cpu", 200);
+    let accuracy = outcome.summary.final_metrics["eval/accuracy"];
+    assert!((0.25..0.95).contains(&accuracy), "{accuracy}");
+    let refused = run("", "cpu", 8).expect_err("no decoder").to_string();
+    assert!(refused.contains("decoder: LastState"), "{refused}");
+}
+
 #[test]
 fn a_loss_that_is_no_number_names_its_node_and_step() {
     let run = run(5, "batch: 2");

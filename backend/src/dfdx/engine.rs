@@ -432,7 +432,10 @@ impl<D: DfdxDevice<f32> + Send> Engine for DfdxEngine<D> {
             match graph.external(v) {
                 Some(External::Input) | None => continue,
                 Some(External::Const(x)) => {
-                    let data = HostTensor::F32(x.clone());
+                    let data = match ty.dtype {
+                        DType::I32 => HostTensor::I32(x.iter().map(|&v| v as i32).collect()),
+                        DType::F32 | DType::Bf16 | DType::F16 => HostTensor::F32(x.clone()),
+                    };
                     self.stored.insert(name, Stored { ty, data });
                 }
                 Some(

@@ -2,6 +2,8 @@
 
 use super::data::{Given, data, own_seq_len};
 use super::{At, Cx};
+use crate::data::Data;
+use crate::model::Decoder;
 use crate::run::{ActivationLoss, AdamW, Decay, Eval, Phase, Run, Schedule, Transfer, Warmup};
 use crate::syntax::run as s;
 
@@ -141,6 +143,12 @@ pub(crate) fn run(cx: &Cx<'_>, at: &At, file: &s::Run) -> Option<Run> {
         };
         let data_home = home(p.data.is_some()).at("data");
         let rows = spec.map(|d| data(cx, &data_home, d, &given));
+        let decoder = file.model.as_ref().and_then(|m| m.decoder);
+        if file.model.is_some()
+            && let Some(d) = &rows
+        {
+            reads_back(cx, at, &data_home, d, decoder);
+        }
         if let (Some(t), Some(own_t)) = (stated, spec.and_then(own_seq_len))
             && own_t > t
         {
@@ -233,6 +241,40 @@ pub(crate) fn run(cx: &Cx<'_>, at: &At, file: &s::Run) -> Option<Run> {
         backend: file.backend,
         deterministic: file.deterministic,
     })
+}
+
+/// Rows that ask for themselves and models that read a row back from one state belong together: either alone has the answer before it.
+fn reads_back(cx: &Cx<'_>, at: &At, data_home: &At, data: &Data, decoder: Option<Decoder>) {
+    let compresses = |d: &Data| matches!(d, Data::Compression(_));
+    if let Data::Mixture(m) = data
+        && m.parts.iter().any(|p| compresses(&p.data))
+    {
+        cx.error(
+            data_home,
+            "run::decoder",
+            "compression is a part of a mixture",
+            "asks for the row itself, the other parts for the next token",
+            "train on Compression alone",
+        );
+        return;
+    }
+    match (data, decoder) {
+        (Data::Compression(_), None) => cx.error(
+            data_home,
+            "run::decoder",
+            "compression asks for the row itself, which this model reads at every place",
+            "needs a model with a decoder",
+            "add `decoder: LastState` to the model",
+        ),
+        (Data::Compression(_), Some(Decoder::LastState)) | (_, None) => {}
+        (_, Some(Decoder::LastState)) => cx.error(
+            &at.at("model").at("decoder"),
+            "run::decoder",
+            "a decoder that reads all places from the last state, for data that ask for the next token",
+            "would see the answers",
+            "leave `decoder` out, or train on Compression",
+        ),
+    }
 }
 
 fn optimizer(cx: &Cx<'_>, at: &At, o: &AdamW) {

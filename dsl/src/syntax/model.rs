@@ -22,7 +22,7 @@
 //! accepted under both names.
 
 use super::{Indexed, LayerSet, Named, Names, Raw};
-use crate::model::{Act, RouterScore};
+use crate::model::{Act, Decoder, RouterScore};
 use serde::{Deserialize, Serialize};
 
 /// A model file.
@@ -50,6 +50,10 @@ pub struct Model {
     /// Norm weights are stored as offset from 1 (Qwen3-Next). Default false.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub norm_zero_centered: Option<bool>,
+    /// What reads the layers' result before the head. Default none. `LastState`: a row is read back from the hidden state of its last token
+    /// alone, by two layers of width D; for the data `Compression` only, and needed there. 2 D^2 + 4 D parameters.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decoder: Option<Decoder>,
     /// The norm before the head, where it differs from the others.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub final_norm: Option<Norm>,
@@ -651,6 +655,10 @@ pub struct GatedDeltaNet {
     /// eps of the output norm. Default: the model's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub norm_eps: Option<f64>,
+    /// Range of dt at initialisation.
+    pub dt_init: DtInit,
+    /// Range of A at initialisation, uniform. Default (1, 16). A head forgets a share of 1 - exp(-A dt) a token.
+    pub a_init: (f64, f64),
 }
 
 impl Default for GatedDeltaNet {
@@ -663,6 +671,8 @@ impl Default for GatedDeltaNet {
             d_conv: 4,
             chunk_size: 64,
             norm_eps: None,
+            dt_init: DtInit::default(),
+            a_init: (1.0, 16.0),
         }
     }
 }

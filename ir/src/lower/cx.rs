@@ -99,6 +99,11 @@ impl<'m> Cx<'m> {
     /// A constant vector.
     pub fn constant(&mut self, name: &str, data: Vec<f32>) -> ValueId {
         let ty = Type::f32(dims![X data.len()]);
+        self.constant_of(name, data, ty)
+    }
+
+    /// A constant of any type; integers are those of the numbers given.
+    pub fn constant_of(&mut self, name: &str, data: Vec<f32>, ty: Type) -> ValueId {
         self.graph.add_external(External::Const(data), name, ty)
     }
 

@@ -72,12 +72,16 @@ pub(super) fn lower(
 
     let beta = cx.cast(beta, DType::F32)?;
     let beta = cx.push1(Pointwise::map(Un::Sigmoid), vec![Some(beta)])?;
-    let dt_bias = cx.vector(&format!("{w}.dt_bias"), dims![H h], ParamInit::Ones);
-    let a_log = cx.vector(
-        &format!("{w}.a_log"),
-        dims![H h],
-        ParamInit::LogUniformA(1.0, 16.0),
-    );
+    // Small steps as in the layer's published code (dt in [1e-3, 0.1]): with transformers' stand-in for a checkpoint, a bias of one, a new
+    // model forgets all but e^-1.3A of its state at every token and has to unlearn that first.
+    let dt_init = ParamInit::DtBias {
+        min: spec.dt_init.min,
+        max: spec.dt_init.max,
+        floor: spec.dt_init.floor,
+    };
+    let dt_bias = cx.vector(&format!("{w}.dt_bias"), dims![H h], dt_init);
+    let a_init = ParamInit::LogUniformA(spec.a_init.0, spec.a_init.1);
+    let a_log = cx.vector(&format!("{w}.a_log"), dims![H h], a_init);
     let rate = cx.neg_exp(a_log)?;
     let a = cx.cast(a, DType::F32)?;
     let decay = {

@@ -7,6 +7,7 @@
 
 mod attention;
 mod cx;
+mod decoder;
 mod ffn;
 mod gated_deltanet;
 mod mamba1;
@@ -127,6 +128,11 @@ pub fn lower(model: &Model, options: &Options) -> Result<Graph, TypeError> {
         x = lower_layer(&mut cx, i, layer, x, embeddings)?;
         cx.at(&format!("layers[{i}]"), Some(i));
         cx.tap(&format!("layers[{i}].out"), x);
+    }
+
+    if let Some(spec) = model.decoder {
+        cx.at("decoder", None);
+        x = decoder::lower(&mut cx, spec, x)?;
     }
 
     cx.at("final_norm", None);

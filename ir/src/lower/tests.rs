@@ -140,6 +140,7 @@ fn model(vocab_size: usize, d_model: usize, parts: Vec<(&str, Mixer, Ffn)>) -> M
         context_len: 4096,
         embedding: Embedding { multiplier: 1.0 },
         layers,
+        decoder: None,
         final_norm: norm(),
         head: Head {
             tied: false,
@@ -207,6 +208,12 @@ fn zoo() -> Model {
         d_conv: 3,
         chunk_size: 16,
         norm_eps: 1e-6,
+        dt_init: DtInit {
+            min: 1e-3,
+            max: 0.1,
+            floor: 1e-4,
+        },
+        a_init: (1.0, 16.0),
     };
     let branch = |name: &str, mixer| Branch {
         name: name.into(),
@@ -234,10 +241,13 @@ fn zoo() -> Model {
     )
 }
 
-/// Every trainable parameter of every mixer gets a gradient in its own buffer.
+/// Every trainable parameter of every mixer and of a decoder gets a gradient in its own buffer.
 #[test]
 fn gradients_reach_every_parameter() {
-    let m = zoo();
+    let m = Model {
+        decoder: Some(Decoder::LastState),
+        ..zoo()
+    };
     let mut g = lower(&m, &Options::train(2, 20)).expect("lowers");
     let loss = g.output("loss").expect("a loss");
     let names = differentiate(&mut g, loss).expect("differentiates");

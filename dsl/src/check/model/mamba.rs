@@ -141,16 +141,7 @@ impl Build<'_> {
                 "",
             );
         }
-        let (lo, hi) = a.a_init;
-        if !(lo > 0.0 && hi >= lo && hi.is_finite()) {
-            cx.error(
-                &at.at("a_init"),
-                "value::out_of_range",
-                format!("`a_init` is ({lo}, {hi})"),
-                "must be (low, high) with 0 < low <= high",
-                "",
-            );
-        }
+        self.a_init(at, a.a_init);
         for (i, x) in a.multipliers.iter().enumerate() {
             cx.finite(&at.at("multipliers"), &i.to_string(), *x);
         }
@@ -205,6 +196,8 @@ impl Build<'_> {
         let d_conv = cx.positive(at, "d_conv", a.d_conv);
         let chunk_size = cx.positive(at, "chunk_size", a.chunk_size);
         let norm_eps = self.eps(at, "norm_eps", a.norm_eps);
+        let dt_init = self.dt_init(at, a.dt_init);
+        self.a_init(at, a.a_init);
         let k = k?;
         Some(m::GatedDeltaNet {
             n_k_heads: k,
@@ -214,6 +207,20 @@ impl Build<'_> {
             d_conv,
             chunk_size,
             norm_eps,
+            dt_init,
+            a_init: a.a_init,
         })
+    }
+
+    fn a_init(&self, at: &At, (lo, hi): (f64, f64)) {
+        if !(lo > 0.0 && hi >= lo && hi.is_finite()) {
+            self.cx.error(
+                &at.at("a_init"),
+                "value::out_of_range",
+                format!("`a_init` is ({lo}, {hi})"),
+                "must be (low, high) with 0 < low <= high",
+                "",
+            );
+        }
     }
 }

@@ -78,6 +78,7 @@ pub(crate) fn model(cx: &Cx<'_>, at: &At, file: &s::Model) -> Option<m::Model> {
         context_len,
         embedding,
         layers: layers?,
+        decoder: file.decoder,
         final_norm,
         head,
         init: m::Init {

@@ -852,7 +852,15 @@ fn normal(m: &Model) -> Model {
                 s.chunk_size = 1;
                 s.dt_limit_in_decode = true;
             }
-            Mixer::GatedDeltaNet(s) => s.chunk_size = 1,
+            Mixer::GatedDeltaNet(s) => {
+                s.dt_init = DtInit {
+                    min: 0.0,
+                    max: 0.0,
+                    floor: 0.0,
+                };
+                s.a_init = (0.0, 0.0);
+                s.chunk_size = 1;
+            }
             Mixer::Attention(_) => {}
             Mixer::Parallel(branches) => branches.iter_mut().for_each(|b| mixer(&mut b.mixer)),
         }

@@ -41,6 +41,7 @@ pub(super) fn model(c: &Config, layers: Vec<Layer>, final_norm: Norm, tied_defau
         context_len: c.count_or("max_position_embeddings", 2048).max(1),
         embedding: Embedding { multiplier: 1.0 },
         layers,
+        decoder: None,
         final_norm,
         head: Head {
             tied: c.flag_or("tie_word_embeddings", tied_default),

@@ -57,6 +57,8 @@ fn read(c: &Config) -> Model {
         d_conv: c.count_or("linear_conv_kernel_dim", 4),
         chunk_size: CHUNK,
         norm_eps: norm.eps,
+        dt_init: c.dt_init(),
+        a_init: (1.0, 16.0),
     };
     c.divide(
         "linear_num_value_heads",
