@@ -14,6 +14,7 @@ pub use cuda::{CudaBytes, CudaEngine, cuda_bytes};
 
 use marimba_ir::{External, Graph, Plan, Type};
 use std::collections::HashMap;
+use std::time::Instant;
 
 /// Numbers on the host.
 #[derive(Clone, Debug, PartialEq)]
@@ -174,6 +175,12 @@ pub struct DeviceMemory {
     pub total: usize,
 }
 
+/// Bytes that a host copies to find out how fast it copies.
+const COPIED: usize = 128 << 20;
+
+/// How often, the best counting.
+const COPIES: usize = 8;
+
 /// A backend. Externals are addressed by `word:name` (`param:layers.0.mixer.in_proj`, `state:layers.0.mixer.conv`).
 pub trait Engine: Send {
     /// `cpu`, `dfdx` or `cuda`.
@@ -219,6 +226,53 @@ pub trait Engine: Send {
         self.run(program, inputs)?;
         Ok(Vec::new())
     }
+
+    /// Runs programs with their inputs in turn, `runs` times in all after each has run once, and gives the seconds of each: by the clock of
+    /// the device where there is one, with all launches queued ahead, so that the host's part is not in it.
+    ///
+    /// # Errors
+    /// As [`Engine::run`].
+    fn time(
+        &mut self,
+        programs: &[(ProgramId, &[(&str, HostTensor)])],
+        runs: usize,
+    ) -> Result<Vec<f64>, BackendError> {
+        for (program, inputs) in programs {
+            self.run(*program, inputs)?;
+        }
+        let turns = programs.iter().cycle().take(runs);
+        turns
+            .map(|(program, inputs)| {
+                let begun = Instant::now();
+                self.run(*program, inputs)?;
+                Ok(begun.elapsed().as_secs_f64())
+            })
+            .collect()
+    }
+
+    /// Bytes read and written in a second by a copy of the memory that tensors lie in, larger than caches; the best of a few.
+    ///
+    /// # Errors
+    /// [`BackendError`] where there is no room for it.
+    fn copy_rate(&mut self) -> Result<f64, BackendError> {
+        let from = vec![1u8; COPIED];
+        let mut to = vec![0u8; COPIED];
+        let mut best = f64::INFINITY;
+        for _ in 0..COPIES {
+            let begun = Instant::now();
+            std::hint::black_box(&mut to).copy_from_slice(std::hint::black_box(&from));
+            best = best.min(begun.elapsed().as_secs_f64());
+        }
+        Ok(2.0 * COPIED as f64 / best)
+    }
+
+    /// What the hardware is called, where the backend knows it; else the backend's name.
+    fn device(&self) -> String {
+        self.name().to_string()
+    }
+
+    /// Drops all programs and everything stored.
+    fn clear(&mut self);
 
     /// Whether programs loaded from now on must give equal bits in equal runs. Backends that always do need do nothing; one that cannot
     /// refuses the op when it is loaded.

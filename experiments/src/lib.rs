@@ -1,5 +1,6 @@
 //! The marimba command as a library.
 
+pub mod bench;
 pub mod chat;
 pub mod checkpoint;
 pub mod cli;

@@ -194,10 +194,15 @@ pub fn inference(
     } else {
         Options::prefill(batch, seq_len, cache_len)
     };
-    finish(
-        lower(model, &Options { logits, ..options })?,
-        pass::Config::default(),
-    )
+    lowered(model, &Options { logits, ..options })
+}
+
+/// What these options say, without a backward pass.
+///
+/// # Errors
+/// [`CompileError`]: a bug.
+pub fn lowered(model: &Model, options: &Options) -> Result<Program, CompileError> {
+    finish(lower(model, options)?, pass::Config::default())
 }
 
 /// The optimiser step: inputs `lr step`; output `grad_norm`. `lr_scales` are factors on the learning rate by parameter, 1 where not named.

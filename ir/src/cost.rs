@@ -78,6 +78,10 @@ pub fn node_bytes(g: &Graph, node: &Node) -> f64 {
             Some(x) => bytes(&x) + 2.0 * (g.ty(x).len() * 4) as f64,
             None => 2.0 * arg(0).map_or(0.0, |v| bytes(&v)),
         },
+        // What it writes over is not read.
+        Op::Cast(_) => {
+            arg(0).map_or(0.0, |v| bytes(&v)) + node.results.iter().map(bytes).sum::<f64>()
+        }
         Op::Last(_) => 2.0 * node.results.iter().map(bytes).sum::<f64>(),
         Op::Linear(_)
         | Op::LinearDx(_)
@@ -109,7 +113,6 @@ pub fn node_bytes(g: &Graph, node: &Node) -> f64 {
         | Op::LinearCrossEntropy(_)
         | Op::LinearCrossEntropyBwd(_)
         | Op::LinearCrossEntropyGrad(_)
-        | Op::Cast(_)
         | Op::Concat(_)
         | Op::Split(_)
         | Op::LastBwd(_)

@@ -24,4 +24,4 @@ pub use lower::{Mode, Options, lower, update};
 pub use plan::{ALIGN, Memory, Plan, plan};
 pub use ty::{DType, Dim, Letter, Type};
 pub use verify::{Fault, VerifyError, verify};
-pub use vjp::{Vjp, differentiate};
+pub use vjp::{Vjp, differentiate, differentiate_from};

@@ -91,6 +91,20 @@ type RowGrads = BTreeMap<(usize, usize), Vec<ValueId>>;
 /// # Errors
 /// [`TypeError`] when an op's derivative is ill-typed: a bug.
 pub fn differentiate(g: &mut Graph, loss: ValueId) -> Result<Vec<String>, TypeError> {
+    let one = g.add_external(External::Const(vec![1.0]), "one", Type::scalar());
+    differentiate_from(g, &[(loss, one)], &[])
+}
+
+/// The same from values whose gradients are given: `seeds` pairs each value with its gradient. Gradients of the externals `of`, which are
+/// no trainable parameters, become outputs `grad:<name>`.
+///
+/// # Errors
+/// As [`differentiate`].
+pub fn differentiate_from(
+    g: &mut Graph,
+    seeds: &[(ValueId, ValueId)],
+    of: &[ValueId],
+) -> Result<Vec<String>, TypeError> {
     let n_forward = g.nodes.len();
     let trainable: HashSet<String> = g
         .params
@@ -98,8 +112,8 @@ pub fn differentiate(g: &mut Graph, loss: ValueId) -> Result<Vec<String>, TypeEr
         .filter(|p| p.trainable)
         .map(|p| p.name.clone())
         .collect();
-    let wanted = depends_on_params(g, &trainable);
-    let reaches = reaches(g, loss);
+    let wanted = depends_on(g, &trainable, of);
+    let reaches = reaches(g, seeds.iter().map(|(v, _)| *v).collect());
 
     let mut grads: HashMap<ValueId, Vec<ValueId>> = HashMap::new();
     let mut params: BTreeMap<ValueId, RowGrads> = BTreeMap::new();
@@ -109,7 +123,9 @@ pub fn differentiate(g: &mut Graph, loss: ValueId) -> Result<Vec<String>, TypeEr
         phase: Phase::Backward,
     };
     let one = g.add_external(External::Const(vec![1.0]), "one", Type::scalar());
-    grads.insert(loss, vec![one]);
+    for &(v, d) in seeds {
+        grads.entry(v).or_default().push(d);
+    }
 
     for i in (0..n_forward).rev() {
         let node = g.nodes[i].clone();
@@ -165,7 +181,7 @@ pub fn differentiate(g: &mut Graph, loss: ValueId) -> Result<Vec<String>, TypeEr
             let (Some(arg), Some(d)) = (*arg, d) else {
                 continue;
             };
-            if g.external(arg).is_some() {
+            if g.external(arg).is_some() && !of.contains(&arg) {
                 let n = g.ty(arg).size(0);
                 params
                     .entry(arg)
@@ -176,6 +192,12 @@ pub fn differentiate(g: &mut Graph, loss: ValueId) -> Result<Vec<String>, TypeEr
             } else {
                 grads.entry(arg).or_default().push(d);
             }
+        }
+    }
+    for &v in of {
+        let parts = grads.remove(&v).unwrap_or_default();
+        if let Some(d) = sum(g, parts, &head)? {
+            g.outputs.push((format!("grad:{}", g.value(v).name), d));
         }
     }
     let mut names = Vec::new();
@@ -290,8 +312,8 @@ fn sum(g: &mut Graph, parts: Vec<ValueId>, at: &Place) -> Result<Option<ValueId>
     Ok(Some(acc))
 }
 
-/// Values whose gradient some trainable parameter needs.
-fn depends_on_params(g: &Graph, trainable: &HashSet<String>) -> HashSet<ValueId> {
+/// Values whose gradient some trainable parameter, or some of these externals, needs.
+fn depends_on(g: &Graph, trainable: &HashSet<String>, of: &[ValueId]) -> HashSet<ValueId> {
     let mut set = HashSet::new();
     for v in g.value_ids() {
         let value = g.value(v);
@@ -299,6 +321,7 @@ fn depends_on_params(g: &Graph, trainable: &HashSet<String>) -> HashSet<ValueId>
             continue;
         }
         let hit = match &value.def {
+            Def::External(_) if of.contains(&v) => true,
             Def::External(External::Param) => trainable.contains(&value.name),
             Def::External(_) => false,
             Def::Node { node, .. } => g.node(*node).present_args().any(|a| set.contains(&a)),
@@ -310,9 +333,9 @@ fn depends_on_params(g: &Graph, trainable: &HashSet<String>) -> HashSet<ValueId>
     set
 }
 
-/// Values that `loss` depends on.
-fn reaches(g: &Graph, loss: ValueId) -> HashSet<ValueId> {
-    let mut set = HashSet::from([loss]);
+/// Values that these values depend on, and they themselves.
+fn reaches(g: &Graph, of: HashSet<ValueId>) -> HashSet<ValueId> {
+    let mut set = of;
     for node in g.nodes.iter().rev() {
         if node.results.iter().any(|r| set.contains(r)) {
             set.extend(node.present_args());

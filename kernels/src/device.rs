@@ -897,30 +897,63 @@ impl Device {
         unsafe { cu::graph::launch(captured.0, self.stream) }.map_err(driver("running a graph"))
     }
 
-    /// Runs parts of prepared commands one after the other; the seconds that each took on the device.
+    /// Replays what was captured in turn, `runs` times in all, queued ahead; the seconds that each took on the device.
     ///
     /// # Safety
     /// As [`Device::run`].
     ///
     /// # Errors
     /// [`KernelError::Driver`].
-    pub unsafe fn time(
+    pub unsafe fn time_replays(
         &self,
-        prepared: &Prepared,
-        parts: &[std::ops::Range<usize>],
+        captured: &[Captured],
+        runs: usize,
+    ) -> Result<Vec<f64>, KernelError> {
+        let turns: Vec<&Captured> = captured.iter().cycle().take(runs).collect();
+        // SAFETY: the caller's promise.
+        self.between(turns.len(), |i| unsafe { self.replay(turns[i]) })
+    }
+
+    /// Bytes read and written in a second by a copy of so many bytes; the best of a few.
+    ///
+    /// # Errors
+    /// [`KernelError::Memory`] where there is no room for it.
+    pub fn copy_rate(&self, bytes: usize) -> Result<f64, KernelError> {
+        const COPIES: usize = 10;
+        let from = self.allocate(bytes)?;
+        let to = self.allocate(bytes)?;
+        // SAFETY: both have this size and are freed once the work has ended.
+        let times = unsafe {
+            let times = self.fill(from, 0x3c, bytes).and_then(|()| {
+                self.between(COPIES, |_| {
+                    cu::memcpy_dtod_async(to, from, bytes, self.stream).map_err(driver("copying"))
+                })
+            });
+            self.free(from);
+            self.free(to);
+            times?
+        };
+        Ok(2.0 * bytes as f64 / times.into_iter().fold(f64::INFINITY, f64::min))
+    }
+
+    /// The seconds on the device that each of `n` pieces of work takes, which `work` queues without waiting.
+    fn between(
+        &self,
+        n: usize,
+        mut work: impl FnMut(usize) -> Result<(), KernelError>,
     ) -> Result<Vec<f64>, KernelError> {
         self.enter()?;
         let fail = driver("timing");
         let flags = sys::CUevent_flags_enum::CU_EVENT_DEFAULT;
-        let mut events = Vec::with_capacity(parts.len() + 1);
-        let mut times = Vec::with_capacity(parts.len());
-        // SAFETY: the caller's promise; events are made here, recorded on one stream and destroyed once.
+        let mut events = Vec::with_capacity(n + 1);
+        let mut times = Vec::with_capacity(n);
+        // SAFETY: events are made here, recorded on one stream and destroyed once.
         unsafe {
             let ran = (|| {
-                events.push(cu::event::create(flags).map_err(&fail)?);
-                cu::event::record(events[0], self.stream).map_err(&fail)?;
-                for part in parts {
-                    self.run(prepared, part.clone())?;
+                for i in 0..=n {
+                    if i > 0 {
+                        work(i - 1)?;
+                    }
                     let event = cu::event::create(flags).map_err(&fail)?;
                     events.push(event);
                     cu::event::record(event, self.stream).map_err(&fail)?;
@@ -937,6 +970,24 @@ impl Device {
             }
             ran.map(|()| times)
         }
+    }
+
+    /// Runs parts of prepared commands one after the other; the seconds that each took on the device.
+    ///
+    /// # Safety
+    /// As [`Device::run`].
+    ///
+    /// # Errors
+    /// [`KernelError::Driver`].
+    pub unsafe fn time(
+        &self,
+        prepared: &Prepared,
+        parts: &[std::ops::Range<usize>],
+    ) -> Result<Vec<f64>, KernelError> {
+        // SAFETY: the caller's promise.
+        self.between(parts.len(), |i| unsafe {
+            self.run(prepared, parts[i].clone())
+        })
     }
 
     /// Runs a part of prepared commands, in stream order, without waiting.

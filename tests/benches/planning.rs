@@ -1,6 +1,7 @@
-//! Host-side costs of a large model: lowering, differentiating, passes, planning.
+//! Host-side costs of a large model: lowering, differentiating, passes, planning, and recording what a GPU is to run.
 
 use criterion::{Criterion, criterion_group, criterion_main};
+use marimba_backend::cuda_bytes;
 use marimba_dsl::{Source, parse_model};
 use marimba_experiments::program::{TrainOptions, training};
 use marimba_ir::{Options, differentiate, lower, plan};
@@ -22,6 +23,10 @@ fn planning(c: &mut Criterion) {
     let program = training(&model, &TrainOptions::plain(), 8, 256).expect("compiles");
     c.bench_function("plan, 8 layers", |b| {
         b.iter(|| black_box(plan(&program.graph)))
+    });
+    // What the cuda backend does for every program before the driver is asked: every launch of a Hopper card with its parameters.
+    c.bench_function("record the launches of a step, 8 layers", |b| {
+        b.iter(|| black_box(cuda_bytes([(&program.graph, &program.plan)])))
     });
     c.bench_function("whole compilation, 8 layers", |b| {
         b.iter(|| black_box(training(&model, &TrainOptions::plain(), 8, 256).expect("compiles")))

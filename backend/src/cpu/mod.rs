@@ -47,6 +47,7 @@ use halves::Halves;
 use marimba_ir::{DType, Graph, Plan, Type};
 use memory::Buffer;
 pub use memory::available_bytes;
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::time::Instant;
 use tensor::Cx;
@@ -318,6 +319,34 @@ impl Engine for CpuEngine {
                 HostTensor::F32(buffer.f32()[..ty.len()].to_vec())
             }
         })
+    }
+
+    fn copy_rate(&mut self) -> Result<f64, BackendError> {
+        let from = vec![1u8; crate::COPIED];
+        let mut to = vec![0u8; crate::COPIED];
+        let part = crate::COPIED.div_ceil(self.cx.threads().max(1));
+        let mut best = f64::INFINITY;
+        for _ in 0..crate::COPIES {
+            let copy = || {
+                let parts = to.par_chunks_mut(part).zip(from.par_chunks(part));
+                parts.for_each(|(to, from)| to.copy_from_slice(from));
+            };
+            let begun = Instant::now();
+            match &self.pool {
+                Some(pool) => pool.install(copy),
+                None => to.copy_from_slice(&from),
+            }
+            best = best.min(begun.elapsed().as_secs_f64());
+            std::hint::black_box(&to);
+        }
+        Ok(2.0 * crate::COPIED as f64 / best)
+    }
+
+    fn clear(&mut self) {
+        self.programs.clear();
+        self.keys.clear();
+        self.stored.clear();
+        self.arena = Buffer::default();
     }
 
     fn zero(&mut self, word: &str) {

@@ -881,6 +881,42 @@ impl Engine for CudaEngine {
         Ok(g.nodes.iter().zip(times).map(of).collect())
     }
 
+    fn time(
+        &mut self,
+        programs: &[(ProgramId, &[(&str, HostTensor)])],
+        runs: usize,
+    ) -> Result<Vec<f64>, BackendError> {
+        let mut captured = Vec::with_capacity(programs.len());
+        for (program, inputs) in programs {
+            self.begin(*program, inputs)?;
+            let p = &self.programs[program.0];
+            let all = 0..p.spans.last().map_or(0, |s| s.end);
+            // SAFETY: as in `run`; what is captured is dropped before anything can move.
+            unsafe {
+                self.device.run(&p.prepared, all.clone())?;
+                self.device.sync()?;
+                if !all.is_empty() {
+                    captured.push(self.device.capture(&p.prepared, all)?);
+                }
+            }
+        }
+        // SAFETY: captured above from programs that are still loaded.
+        Ok(unsafe { self.device.time_replays(&captured, runs) }?)
+    }
+
+    fn copy_rate(&mut self) -> Result<f64, BackendError> {
+        const BYTES: usize = 1 << 30;
+        Ok(self.device.copy_rate(BYTES)?)
+    }
+
+    fn device(&self) -> String {
+        self.device_name().to_string()
+    }
+
+    fn clear(&mut self) {
+        CudaEngine::clear(self);
+    }
+
     fn set_deterministic(&mut self, deterministic: bool) {
         self.deterministic = deterministic;
     }

@@ -9,9 +9,11 @@ use super::run_op;
 use super::tape::{Cx, Fault, Value};
 use crate::{BackendError, Engine, HostTensor, NonFinite, Outputs, ProgramId};
 use ::dfdx::prelude::Device as DfdxDevice;
+use ::dfdx::tensor::Synchronize;
 use marimba_ir::op::{Alias, Op};
 use marimba_ir::{DType, Def, External, Graph, Node, Phase, Plan, Type, ValueId};
 use std::collections::HashMap;
+use std::marker::PhantomData;
 
 /// Values and gradients of a training step live to its end, and a composition makes about this many tensors for each result of an op.
 const TENSORS_PER_VALUE: usize = 8;
@@ -21,24 +23,18 @@ struct Stored {
     data: HostTensor,
 }
 
-/// Executes graphs by composing dfdx primitives on device `D`.
+/// Executes graphs by composing dfdx primitives on a device `D`, that of the thread that runs.
 pub struct DfdxEngine<D = super::Device> {
-    dev: D,
+    device: PhantomData<fn() -> D>,
     stored: HashMap<String, Stored>,
     programs: Vec<Graph>,
 }
 
-impl<D: DfdxDevice<f32>> Default for DfdxEngine<D> {
+impl<D> Default for DfdxEngine<D> {
+    /// An engine without programs.
     fn default() -> Self {
-        DfdxEngine::new(D::default())
-    }
-}
-
-impl<D: DfdxDevice<f32>> DfdxEngine<D> {
-    /// An engine without programs on a device.
-    pub fn new(dev: D) -> Self {
         DfdxEngine {
-            dev,
+            device: PhantomData,
             stored: HashMap::new(),
             programs: Vec::new(),
         }
@@ -386,7 +382,7 @@ fn non_finite<D: DfdxDevice<f32>>(
     })
 }
 
-impl<D: DfdxDevice<f32> + Send> DfdxEngine<D> {
+impl<D: DfdxDevice<f32>> DfdxEngine<D> {
     fn start<'e>(
         &'e mut self,
         program: ProgramId,
@@ -403,7 +399,7 @@ impl<D: DfdxDevice<f32> + Send> DfdxEngine<D> {
             g,
             stored: &mut self.stored,
             inputs,
-            cx: Cx::new(self.dev.clone()),
+            cx: Cx::new(super::device()),
             values: vec![None; g.values.len()],
             non_finite: None,
             check,
@@ -411,7 +407,7 @@ impl<D: DfdxDevice<f32> + Send> DfdxEngine<D> {
     }
 }
 
-impl<D: DfdxDevice<f32> + Send> Engine for DfdxEngine<D> {
+impl<D: DfdxDevice<f32> + Synchronize> Engine for DfdxEngine<D> {
     fn name(&self) -> &'static str {
         "dfdx"
     }
@@ -460,7 +456,13 @@ impl<D: DfdxDevice<f32> + Send> Engine for DfdxEngine<D> {
         program: ProgramId,
         inputs: &[(&str, HostTensor)],
     ) -> Result<Outputs, BackendError> {
-        self.start(program, inputs, false)?.all()
+        let outputs = self.start(program, inputs, false)?.all()?;
+        // What nobody reads may still be computed on a device.
+        let ended = super::device::<D>().try_synchronize();
+        ended.map_err(|e| BackendError::Device {
+            why: format!("{e:?}"),
+        })?;
+        Ok(outputs)
     }
 
     fn run_checked(
@@ -495,6 +497,17 @@ impl<D: DfdxDevice<f32> + Send> Engine for DfdxEngine<D> {
             .get(key)
             .map(|s| s.data.clone())
             .ok_or_else(|| BackendError::Unknown { name: key.into() })
+    }
+
+    fn device(&self) -> String {
+        // Its type is the name: `Cpu` or `Cuda`.
+        let name = std::any::type_name::<D>();
+        format!("dfdx {}", name.rsplit("::").next().unwrap_or(name))
+    }
+
+    fn clear(&mut self) {
+        self.programs.clear();
+        self.stored.clear();
     }
 
     fn zero(&mut self, word: &str) {

@@ -38,10 +38,27 @@ pub use engine::DfdxEngine;
 use ::dfdx::prelude::{Device as DfdxDevice, Dtype};
 use marimba_ir::Type;
 use marimba_ir::op::Op;
+use std::any::Any;
+use std::cell::RefCell;
 use tape::{Args, Cx, Fault, Res, Value};
 
 /// dfdx's device of this build: its `Cuda` with the cargo feature `dfdx-cuda`, else its `Cpu`.
 pub type Device = ::dfdx::prelude::AutoDevice;
+
+/// The device of this thread: dfdx's `Cuda` cannot move to another, so each thread has one of its own, made when it first needs it.
+fn device<D: Clone + Default + 'static>() -> D {
+    thread_local! {
+        static DEVICES: RefCell<Vec<Box<dyn Any>>> = const { RefCell::new(Vec::new()) };
+    }
+    DEVICES.with_borrow_mut(|devices| {
+        if let Some(found) = devices.iter().find_map(|d| d.downcast_ref::<D>()) {
+            return found.clone();
+        }
+        let made = D::default();
+        devices.push(Box::new(made.clone()));
+        made
+    })
+}
 
 /// Runs one forward or update op. `types` are those of the arguments, `results` those that the op inferred.
 fn run_op<E: Dtype, D: DfdxDevice<E>>(

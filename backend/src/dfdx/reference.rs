@@ -116,7 +116,7 @@ pub(crate) fn evaluate(
         })
         .map_err(|e| refuse(e.to_string()))?;
     let fault = |Fault(why): Fault| refuse(why);
-    let cx: Cx<f64, super::Device> = Cx::new(Default::default());
+    let cx: Cx<f64, super::Device> = Cx::new(super::device());
     let mut args: Vec<Option<Value<f64, _>>> = Vec::new();
     for (i, (ty, numbers)) in types.iter().zip(data).enumerate() {
         let (Some(ty), Some(numbers)) = (ty, numbers) else {

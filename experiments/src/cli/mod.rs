@@ -118,6 +118,7 @@ macro_rules! other {
 
 other!(
     crate::train::TrainError,
+    crate::bench::BenchError,
     crate::program::CompileError,
     crate::record::RecordError,
     crate::checkpoint::CheckpointError,

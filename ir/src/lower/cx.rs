@@ -93,7 +93,12 @@ impl<'m> Cx<'m> {
 
     /// An input of the graph.
     pub fn input(&mut self, name: &str, ty: Type) -> ValueId {
-        self.graph.add_external(External::Input, name, ty)
+        self.external(External::Input, name, ty)
+    }
+
+    /// Memory from outside of the graph that is no parameter.
+    pub(super) fn external(&mut self, kind: External, name: &str, ty: Type) -> ValueId {
+        self.graph.add_external(kind, name, ty)
     }
 
     /// A constant vector.

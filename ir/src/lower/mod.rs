@@ -176,6 +176,48 @@ pub fn lower(model: &Model, options: &Options) -> Result<Graph, TypeError> {
     Ok(cx.finish())
 }
 
+/// Half of a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Half {
+    /// What acts over time.
+    Mixer,
+    /// What acts over channels.
+    Ffn,
+}
+
+/// The mixer or the ffn of a layer on its own, without norm and residual stream: from the external `x` (`param:x`, no trainable parameter) to
+/// the output `y`, both f[B T D]. A layer without it gives `x`.
+///
+/// # Errors
+/// As [`lower`].
+pub fn lower_half(
+    model: &Model,
+    options: &Options,
+    layer: usize,
+    half: Half,
+) -> Result<Graph, TypeError> {
+    let mut cx = Cx::new(model, options);
+    let ty = Type::new(
+        options.compute,
+        dims![B options.batch, T options.seq_len, D model.d_model],
+    );
+    let x = cx.external(crate::External::Param, "x", ty);
+    let y = match (model.layers.get(layer), half) {
+        (Some(Layer { mixer: Some(s), .. }), Half::Mixer) => {
+            cx.at(&format!("layers[{layer}].mixer"), Some(layer));
+            let state = format!("layers.{layer}.mixer");
+            lower_mixer(&mut cx, &s.weights, &state, &s.body, x)?
+        }
+        (Some(Layer { ffn: Some(s), .. }), Half::Ffn) => {
+            cx.at(&format!("layers[{layer}].ffn"), Some(layer));
+            lower_ffn(&mut cx, &s.weights, &s.body, x)?
+        }
+        _ => x,
+    };
+    cx.output("y", y);
+    Ok(cx.finish())
+}
+
 /// `x += r mixer(norm(x [+ inject]))`, `x += r ffn(norm(x))`.
 fn lower_layer(
     cx: &mut Cx,

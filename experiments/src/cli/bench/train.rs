@@ -1,38 +1,30 @@
-//! `marimba bench`: speed beside this machine's own ceiling, measured in the same run.
+//! `marimba bench train`: training steps.
 
-use super::{CliError, Sets, human, human_bytes, print_json};
+use super::{PrecisionArg, recompute, require};
+use crate::bench::ceilings;
+use crate::cli::{CliError, Sets, files, hf, human, human_bytes, print_json};
 use crate::data::rng::Rng;
 use crate::engine;
 use crate::init;
 use crate::program::{self, Program, TrainOptions};
-use clap::{Args, Subcommand, ValueEnum};
+use clap::Args;
 use marimba_backend::{
     CUDA_PRODUCT_SCRATCH as PRODUCT_SCRATCH, Engine, HostTensor, ProgramId, cuda_bytes,
 };
 use marimba_dsl::Source;
-use marimba_dsl::run::{AdamW, Recompute};
-use marimba_ir::op::Linear;
-use marimba_ir::{DType, External, Graph, Phase, Place, Type, cost, dims, plan};
+use marimba_dsl::run::AdamW;
+use marimba_ir::{DType, cost};
 use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Instant;
-
-/// What to measure.
-#[derive(Subcommand)]
-pub(super) enum BenchCmd {
-    /// Training steps: forward, backward, clip, AdamW
-    Train(BenchTrainArgs),
-    /// Reading data
-    Data(super::data::BenchDataArgs),
-}
 
 /// Measure training.
 #[derive(Args)]
 #[command(
     after_help = "Example:\n  marimba bench train experiments/bench/mamba2-hybrid.ron --batch 8 --seq 256 --steps 20 --json"
 )]
-pub(super) struct BenchTrainArgs {
+pub(in crate::cli) struct BenchTrainArgs {
     /// A model or run file
     model: PathBuf,
     #[command(flatten)]
@@ -69,37 +61,6 @@ pub(super) struct BenchTrainArgs {
     json: bool,
 }
 
-/// Number formats.
-#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
-pub(super) enum PrecisionArg {
-    F32,
-    Bf16,
-    /// bf16 with the products of projections in 8 bits
-    #[value(name = "bf16-fp8")]
-    Bf16Fp8,
-}
-
-impl PrecisionArg {
-    pub(super) fn dtype(self) -> DType {
-        match self {
-            PrecisionArg::F32 => DType::F32,
-            PrecisionArg::Bf16 | PrecisionArg::Bf16Fp8 => DType::Bf16,
-        }
-    }
-
-    pub(super) fn fp8(self) -> bool {
-        self == PrecisionArg::Bf16Fp8
-    }
-}
-
-/// The policy of `--activations`.
-pub(super) fn recompute(gib: Option<f64>) -> Recompute {
-    match gib {
-        Some(gib) => Recompute::Budget((gib * (1u64 << 30) as f64) as u64),
-        None => Recompute::None,
-    }
-}
-
 #[derive(Serialize)]
 struct BenchTrain {
     model: String,
@@ -121,35 +82,23 @@ struct BenchTrain {
     model_flops_per_token: f64,
     model_flops_per_sec: f64,
     matmul_flops_per_sec: f64,
-    fraction: f64,
+    copy_bytes_per_sec: f64,
+    /// Model FLOPs utilisation: of the rate of matrix products measured here, in the same run.
+    mfu: f64,
     loss: f64,
 }
 
-pub(super) fn run(cmd: &BenchCmd) -> Result<(), CliError> {
-    match cmd {
-        BenchCmd::Train(args) => bench_train(args),
-        BenchCmd::Data(args) => {
-            super::data::run_bench(args).map_err(|e| CliError::Other(e.to_string()))
-        }
-    }
-}
-
-fn bench_train(args: &BenchTrainArgs) -> Result<(), CliError> {
+pub(super) fn run(args: &BenchTrainArgs) -> Result<(), CliError> {
     let source = Source::read(&args.model)?;
-    let model = super::files::model_of(&source, &args.sets.sets)?;
-    let backend = super::hf::backend_of(&args.backend)?;
+    let model = files::model_of(&source, &args.sets.sets)?;
+    let backend = hf::backend_of(&args.backend)?;
     let threads = args.threads.unwrap_or_else(engine::cores);
     let compute = args.precision.dtype();
     // The ceiling is measured on an engine of its own, so that its memory is not the run's.
-    let matmul_before = matmul_rate(engine::open(backend, threads)?.as_mut(), compute)?;
+    let before = ceilings(engine::open(backend, threads)?.as_mut(), compute)?;
     let mut engine = engine::open_with(backend, threads, !args.no_graph)?;
     let empty = engine.memory();
-    if compute != DType::F32 && engine.name() != "cuda" {
-        return Err(CliError::Other(format!(
-            "the {} backend computes in f32 only; leave --precision out",
-            engine.name()
-        )));
-    }
+    require(args.precision, engine.name())?;
 
     let Program {
         graph,
@@ -224,8 +173,9 @@ fn bench_train(args: &BenchTrainArgs) -> Result<(), CliError> {
     }
     let name = engine.name();
     drop(engine);
-    let matmul_after = matmul_rate(engine::open(backend, threads)?.as_mut(), compute)?;
-    let matmul = matmul_before.max(matmul_after);
+    let after = ceilings(engine::open(backend, threads)?.as_mut(), compute)?;
+    let ceilings = before.max(after);
+    let matmul = ceilings.matmul_flops_per_sec;
     let mut times = times.split_off(2);
     times.sort_by(f64::total_cmp);
     let secs = times[times.len() / 2];
@@ -253,7 +203,8 @@ fn bench_train(args: &BenchTrainArgs) -> Result<(), CliError> {
         model_flops_per_token,
         model_flops_per_sec: model_flops_per_token * tokens_per_sec,
         matmul_flops_per_sec: matmul,
-        fraction: model_flops_per_token * tokens_per_sec / matmul,
+        copy_bytes_per_sec: ceilings.copy_bytes_per_sec,
+        mfu: model_flops_per_token * tokens_per_sec / matmul,
         loss,
     };
     if args.json {
@@ -275,9 +226,13 @@ fn bench_train(args: &BenchTrainArgs) -> Result<(), CliError> {
         human(result.model_flops_per_sec)
     );
     println!(
-        "  matmul here   {}/s, so the step runs at {:.1}% of it",
+        "  ceilings here {}FLOP/s of matrix products, {}B/s of copies",
         human(matmul),
-        100.0 * result.fraction
+        human(ceilings.copy_bytes_per_sec)
+    );
+    println!(
+        "  MFU           {:.1}% of the matrix products' rate",
+        100.0 * result.mfu
     );
     println!(
         "  arena         {} (live bound {})",
@@ -329,42 +284,4 @@ fn profile(
         );
     }
     Ok(())
-}
-
-/// Best rate of a square product through such an engine: of 1024 rows on a CPU, 8192 on a GPU.
-fn matmul_rate(engine: &mut dyn Engine, dtype: DType) -> Result<f64, CliError> {
-    let n = if engine.memory().is_some() {
-        8192
-    } else {
-        1024
-    };
-    let ty = |rows| Type::new(dtype, vec![rows, dims![D n][0]]);
-    let mut g = Graph::new();
-    let at = Place {
-        path: "bench".into(),
-        block: None,
-        phase: Phase::Forward,
-    };
-    let x = g.add_external(External::Param, "bench.x", ty(dims![R n][0]));
-    let w = g.add_external(External::Param, "bench.w", ty(dims![D n][0]));
-    let y = g.push(Linear, vec![Some(x), Some(w), None], &at)?[0];
-    g.outputs.push(("grad:bench".into(), y));
-    for name in ["bench.x", "bench.w"] {
-        let mut rng = Rng::new(&[1]);
-        let data = (0..n * n).map(|_| rng.unit() as f32 - 0.5).collect();
-        engine.write(
-            &format!("param:{name}"),
-            &ty(dims![R n][0]),
-            &HostTensor::F32(data),
-        )?;
-    }
-    let memory = plan(&g);
-    let program = engine.load(g, memory)?;
-    let mut best = f64::INFINITY;
-    for _ in 0..20 {
-        let begun = Instant::now();
-        engine.run(program, &[])?;
-        best = best.min(begun.elapsed().as_secs_f64());
-    }
-    Ok(2.0 * (n as f64).powi(3) / best)
 }
