@@ -119,8 +119,12 @@ pub fn node_bytes(g: &Graph, node: &Node) -> f64 {
         | Op::SumTo(_)
         | Op::MeanSquare(_)
         | Op::Stat(_)
-        | Op::GlobalNorm(_)
-        | Op::AdamW(_) => all(),
+        | Op::GlobalNorm(_) => all(),
+        // Copies are written, not read.
+        Op::AdamW(op) => {
+            let copies = (0..op.copies.len()).filter_map(|k| arg(3 + 4 * op.tensors.len() + k));
+            all() - copies.map(|v| bytes(&v)).sum::<f64>()
+        }
     }
 }
 
