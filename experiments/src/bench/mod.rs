@@ -219,6 +219,12 @@ pub struct Settings {
 }
 
 impl Case {
+    /// The same with the products of projections in 8 bits where that pays.
+    pub fn in_fp8(mut self, fp8: bool) -> Self {
+        self.graph.fp8 = fp8;
+        self
+    }
+
     /// Names of the ops that run, with the backward pass; views of memory, which run nothing, apart.
     ///
     /// # Errors

@@ -109,6 +109,8 @@ pub(super) fn run(args: &BenchOpsArgs) -> Result<(), CliError> {
         rotate: true,
     };
     let (chosen, views) = choose(cases(size, dtype)?, &args.op)?;
+    let fp8 = precision.fp8();
+    let chosen: Vec<Case> = chosen.into_iter().map(|c| c.in_fp8(fp8)).collect();
     let mut reference = match args.reference {
         true => Some(engine::open(Backend::Dfdx, threads)?),
         false => None,
@@ -152,7 +154,10 @@ pub(super) fn run(args: &BenchOpsArgs) -> Result<(), CliError> {
     let result = BenchOps {
         device: engine.device(),
         backend: engine.name(),
-        dtype: dtype.to_string(),
+        dtype: match fp8 {
+            true => format!("{dtype} and fp8"),
+            false => dtype.to_string(),
+        },
         threads,
         deterministic: args.deterministic,
         ceilings,

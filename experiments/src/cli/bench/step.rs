@@ -92,6 +92,11 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<(), CliError> {
     let mut engine = engine::open_with(backend, threads, !args.no_graph)?;
     let engine = engine.as_mut();
     require(args.precision, engine.name())?;
+    if args.precision.fp8() {
+        return Err(CliError::Other(
+            "8 bits are for training; decoding takes f32 or bf16".into(),
+        ));
+    }
     let before = ceilings(engine, compute)?;
     let Program {
         graph,
