@@ -1977,34 +1977,41 @@ fn moves_sums_and_updates() {
             .map(|e| if (6..18).contains(&e) { v[e - 6] } else { 0.0 })
             .collect();
         assert_eq!(cache[0], want);
-        // Rotation by position, and back.
-        let inv = S(vec![2], vec![1.0, 0.1]);
-        let q = g.f(3, &[1, 7, 2, 6]);
-        let qv = data(std::slice::from_ref(&q)).remove(0);
-        let r = g.run(&[q, No, inv.clone()], &[R::F(vec![1, 7, 2, 6])], |r, a| {
-            rope(r, a, 4, 1.0, false)
-        });
-        let want: V = (0..84)
-            .map(|e| {
-                let (p, t) = (e % 6, e / 12);
-                if p >= 4 {
-                    return qv[e];
-                }
-                let a = t as f64 * [1.0, 0.1][p % 2];
-                if p < 2 {
-                    qv[e] * a.cos() - qv[e + 2] * a.sin()
-                } else {
-                    qv[e] * a.cos() + qv[e - 2] * a.sin()
-                }
-            })
-            .collect();
-        g.close("rope", &r[0], &want);
-        let back = g.run(
-            &[F(vec![1, 7, 2, 6], r[0].clone()), No, inv],
-            &[R::F(vec![1, 7, 2, 6])],
-            |r, a| rope(r, a, 4, 1.0, true),
-        );
-        g.close("rope back", &back[0], &qv);
+        // Rotation by position, and back; the second one in vectors.
+        for (t, h, width, dims) in [(7, 2, 6, 4), (37, 3, 40, 32)] {
+            let half = dims / 2;
+            let inv: V = (0..half).map(|i| 0.1f64.powi(i as i32 % 3)).collect();
+            let shape = vec![1, t, h, width];
+            let q = g.f(3, &shape);
+            let qv = data(std::slice::from_ref(&q)).remove(0);
+            let inv_freq = S(vec![half], inv.clone());
+            let r = g.run(
+                &[q, No, inv_freq.clone()],
+                &[R::F(shape.clone())],
+                |r, a| rope(r, a, dims, 1.0, false),
+            );
+            let want: V = (0..t * h * width)
+                .map(|e| {
+                    let (p, t) = (e % width, e / (h * width));
+                    if p >= dims {
+                        return qv[e];
+                    }
+                    let a = t as f64 * inv[p % half];
+                    if p < half {
+                        qv[e] * a.cos() - qv[e + half] * a.sin()
+                    } else {
+                        qv[e] * a.cos() + qv[e - half] * a.sin()
+                    }
+                })
+                .collect();
+            g.close("rope", &r[0], &want);
+            let back = g.run(
+                &[F(shape.clone(), r[0].clone()), No, inv_freq],
+                &[R::F(shape)],
+                |r, a| rope(r, a, dims, 1.0, true),
+            );
+            g.close("rope back", &back[0], &qv);
+        }
         // A step of the optimiser.
         for (n, master) in [(30, false), (30, true), (64, true)] {
             let p = if master { g.s(4, &[n]) } else { g.f(4, &[n]) };
