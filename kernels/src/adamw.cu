@@ -14,28 +14,42 @@ KERNEL adamw(const __grid_constant__ Tensors t, const float* lr, const float* st
     float f = clip > 0.f ? fminf(1.f, clip / norm[0]) : 1.f;
     // A norm that is no number leaves everything as it was; the caller stops.
     if (!(norm[0] < INF)) return;
-    i64 n = t.n[k], wide = (t.p[k] | t.g[k] | t.m[k] | t.v[k] | t.copy[k]) % 16 ? 0 : n / 8 * 8;
-    for (i64 i = 8 * global_thread(); i < wide; i += 8 * all_threads()) {
-        float gv[8], mv[8], vv[8], pv[8];
-        ld8(g, i, gv);
-        ld8(m, i, mv);
-        ld8(v, i, vv);
-        ld8(p, i, pv);
+    float u1 = 1.f / c1, u2 = 1.f / c2;
+    // The new p of one element; its moments change.
+    auto update = [&](float g, float& m, float& v, float p) {
+        g *= f;
+        m = f1 * m + o1 * g;
+        v = f2 * v + o2 * g * g;
+        return p - rate * (m * u1 / (sqrtf(v * u2) + eps) + decay * p);
+    };
+    // Vectors of 16 bytes, neighbours of those of neighbouring threads; two at a time, so that eight loads are under way.
+    const int W = 4, U = 2;
+    i64 n = t.n[k], wide = (t.p[k] | t.g[k] | t.m[k] | t.v[k] | t.copy[k]) % 16 ? 0 : n / W * W, stride = W * all_threads();
+    for (i64 i = W * global_thread(); i < wide; i += U * stride) {
+        float gv[U][W], mv[U][W], vv[U][W], pv[U][W];
 #pragma unroll
-        for (int e = 0; e < 8; e++) {
-            float d = gv[e] * f;
-            mv[e] = f1 * mv[e] + o1 * d;
-            vv[e] = f2 * vv[e] + o2 * d * d;
-            pv[e] -= rate * (mv[e] / c1 / (sqrtf(vv[e] / c2) + eps) + decay * pv[e]);
-        }
-        st8(m, i, mv);
-        st8(v, i, vv);
-        st8(p, i, pv);
-        if (copy) st8(copy, i, pv);
+        for (int u = 0; u < U; u++)
+            if (i + u * stride < wide) {
+                i64 at = i + u * stride;
+                load<W>(gv[u], g + at);
+                load<W>(mv[u], m + at);
+                load<W>(vv[u], v + at);
+                load<W>(pv[u], p + at);
+            }
+#pragma unroll
+        for (int u = 0; u < U; u++)
+            if (i + u * stride < wide) {
+                i64 at = i + u * stride;
+#pragma unroll
+                for (int e = 0; e < W; e++) pv[u][e] = update(gv[u][e], mv[u][e], vv[u][e], pv[u][e]);
+                store<W>(m + at, mv[u]);
+                store<W>(v + at, vv[u]);
+                store<W>(p + at, pv[u]);
+                if (copy) store<W>(copy + at, pv[u]);
+            }
     }
     for (i64 i = wide + global_thread(); i < n; i += all_threads()) {
-        float gv = g[i] * f, mv = f1 * m[i] + o1 * gv, vv = f2 * v[i] + o2 * gv * gv, pv = ld(p, i);
-        pv -= rate * (mv / c1 / (sqrtf(vv / c2) + eps) + decay * pv);
+        float mv = m[i], vv = v[i], pv = update(g[i], mv, vv, ld(p, i));
         m[i] = mv;
         v[i] = vv;
         st(p, i, pv);
