@@ -609,6 +609,38 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_member_takes_room_where_it_trains() {
+        let run = |backend: &str| {
+            let text = format!(
+                "(model: (vocab_size: 32, d_model: 16, n_layers: 1, mixers: {{ \"m\": Mamba1(d_state: 4) }}), steps: 1, batch: 4, \
+                 seq_len: 16, data: Mqar(vocab_size: 32, n_pairs: 4, eval: [(n_pairs: 4, seq_len: 16)]), backend: {backend})"
+            );
+            let source = marimba_dsl::Source::new("r.ron", text);
+            marimba_dsl::parse_run(&source, &[]).unwrap_or_else(|r| panic!("{r}"))
+        };
+        let room = |device| Room {
+            host: Memory::of(Some(1)),
+            device,
+            _gpu: None,
+        };
+        let with_gpu = room(Some(Memory::of(Some(2))));
+        let free = |room: &Room, backend: &str| {
+            let (memory, bytes) = room.of_run(&run(backend));
+            assert!(bytes > 0);
+            (locked(memory.free.as_ref().unwrap()).0, bytes)
+        };
+        let (host, device) = (free(&with_gpu, "cpu"), free(&with_gpu, "cuda"));
+        assert_eq!((host.0, device.0), (1, 2));
+        assert_eq!(free(&with_gpu, "auto"), device);
+        assert_eq!(free(&with_gpu, "dfdx"), host);
+        assert_eq!(free(&room(None), "auto"), host);
+        // On a GPU also what matrix products and the optimiser need besides, in every shape of training and evaluation.
+        assert!(device.1 > host.1, "{device:?} {host:?}");
+        let (free, total) = (free_of(1600, 0), free_of(1600, 1600));
+        assert_eq!((free, total), (1500, 0));
+    }
+
+    #[test]
     fn members_wait_for_memory_and_a_large_one_runs_alone() {
         let memory = Memory::of(Some(100));
         let (held, most) = (AtomicUsize::new(0), AtomicUsize::new(0));

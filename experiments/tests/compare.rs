@@ -1,4 +1,5 @@
-//! `marimba compare` as a user runs it, on what is wrong, cut short, still written, or not comparable.
+//! `marimba compare` as a user runs it, on what is wrong, cut short, still written, or not comparable; and a sweep that cannot be handed to
+//! Slurm.
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
@@ -206,4 +207,33 @@ fn runs_with_different_metrics_are_joined_where_they_match() {
     let (code, out, err) = compare(&[&name(&a), &name(&b)]);
     assert!(code == Some(0) || code == Some(1), "{out}{err}");
     assert!(!err.contains("panicked"), "{err}");
+}
+
+#[test]
+fn halving_is_not_handed_to_slurm() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("s.ron");
+    let sweep = r#"(
+        name: "s", seeds: [0], metric: "loss", halving: (first_steps: 1),
+        base: (
+            model: (vocab_size: 32, d_model: 16, n_layers: 1, context_len: 16, mixers: { "m": Mamba1(d_state: 4) }),
+            data: Mqar(vocab_size: 32, n_pairs: 4), seq_len: 16, steps: 4,
+        ),
+        axes: [(path: "optimizer.lr", values: [1e-3, 1e-2])],
+    )"#;
+    fs::write(&file, sweep).unwrap();
+    let out = Command::new(env!("CARGO_BIN_EXE_marimba"))
+        .args(["sweep", &name(&file), "--launcher", "slurm", "--out"])
+        .arg(dir.path().join("out"))
+        .output()
+        .unwrap();
+    let err = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert_eq!(out.status.code(), Some(1), "{err}");
+    for part in [
+        "halving compares members while they run",
+        "--launcher local",
+    ] {
+        assert!(err.contains(part), "{part} is not in\n{err}");
+    }
+    assert!(!dir.path().join("out").exists());
 }
