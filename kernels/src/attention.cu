@@ -776,7 +776,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_dkv_tc(const __grid_co
         bar_init(kv_full, 1);
         for (int i = 0; i < KV_STAGES; i++) {
             bar_init(full + 8 * i, 32);
-            bar_init(empty + 8 * i, 8);
+            bar_init(empty + 8 * i, 256);
         }
         bar_init_done();
     }
@@ -952,7 +952,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_dkv_tc(const __grid_co
         mma_wait<0>();
         pin(ak);
         pin(av);
-        warp_arrive(empty + 8 * stage);
+        bar_arrive(empty + 8 * stage);
         if (++stage == KV_STAGES) { stage = 0; phase ^= 1; }
     }
     i64 at = (((i64)b * T + k0) * G + g) * P;
