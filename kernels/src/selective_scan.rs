@@ -1,26 +1,28 @@
-//! Launches of the Mamba-1 scan: two lanes share two channels, 128 channels a block. With few channels time is split into parts: states of
-//! the parts, their joining, then outputs. Backward goes over short runs in reverse, states made again from the saved ones; all sums are
+//! Launches of the Mamba-1 scan: four lanes share two channels; 64 channels a block forward, up to 128 backward. With few channels time is split into parts: states of the parts, their joining, then outputs. Backward goes over short runs in reverse, states made again from the saved ones; all sums are
 //! in a fixed order.
 
 use crate::record::{Args, DType, Param, Recorder, THREADS, Tensor, define, flag, int, long, over};
 use crate::reduce::sum_parts;
 
-/// Threads of a block: channels.
-const CHANNELS: usize = 128;
+/// Threads of a block forward.
+const FORWARD: usize = 128;
 
-/// Tokens of a tile forward and how many tiles are in flight; tokens that backward keeps in registers.
+/// Channels of a block forward.
+const WIDE: usize = 64;
+
+/// Tokens of the shortest runs backward; tokens whose steps it has in shared memory, and whose states in registers.
 const TILE: usize = 16;
-const DEEP: usize = 3;
+const STAGED: usize = 16;
 const SUB: usize = 8;
 
 /// Tokens whose steps are made together forward.
-const BATCH: usize = 4;
+const BATCH: usize = 16;
 
-/// Shared memory of a block that every architecture has.
-const SHARED: usize = 99 << 10;
+/// Shared memory that a block may ask for on every architecture, less what it has besides.
+const SHARED: usize = 98 << 10;
 
-/// Blocks that fill a large device once: two on each of 132 multiprocessors.
-const FULL: usize = 264;
+/// Blocks forward that fill a large device once: four on each of 132 multiprocessors.
+const FULL: usize = 528;
 
 struct Shape {
     b: usize,
@@ -28,10 +30,10 @@ struct Shape {
     i: usize,
     g: usize,
     n: usize,
-    /// Blocks of a group.
-    blocks: usize,
-    /// Padded states of a lane for one channel.
-    half: usize,
+    /// Blocks of a group forward.
+    wide: usize,
+    /// Padded states of a thread for one channel.
+    held: usize,
     defines: Vec<(String, String)>,
 }
 
@@ -54,20 +56,14 @@ impl Shape {
             i: x.size(2),
             g,
             n,
-            blocks: per.div_ceil(CHANNELS),
-            half: n.div_ceil(2).next_multiple_of(4),
+            wide: per.div_ceil(WIDE),
+            held: n.div_ceil(4).next_multiple_of(4),
             defines,
         }
     }
 
     fn sizes(&self, chunk: usize) -> [Param; 4] {
         [int(self.t), int(self.i), int(self.g), int(chunk)]
-    }
-
-    /// Shared memory of a forward block that reads these.
-    fn shared(&self, read: &[&Tensor]) -> usize {
-        let element: usize = read.iter().map(|t| t.dtype.bytes()).sum();
-        DEEP * TILE * CHANNELS * element + 2 * TILE * 4 * self.half * 4
     }
 }
 
@@ -98,12 +94,11 @@ fn states(
     params.extend([ends, total, saved].map(Param::from));
     params.extend(s.sizes(chunk));
     params.extend([int(part), int(fine)]);
-    r.launch_shared(
+    r.launch(
         ("selective_scan", "scan_states"),
         s.defines.clone(),
-        [s.blocks, s.g * parts, s.b],
-        CHANNELS,
-        s.shared(&[x, dt]),
+        [s.wide, s.g * parts, s.b],
+        FORWARD,
         params,
     );
 }
@@ -116,11 +111,11 @@ pub fn selective_scan(r: &mut Recorder, a: &Args, chunk: usize) {
         true => (a.res(1), &absent),
         false => (&absent, a.res(1)),
     };
-    let s = Shape::of(a, chunk, &[x, dt, z]);
-    let blocks = s.blocks * s.g * s.b;
+    let s = Shape::of(a, chunk, &[x, dt, z, a.res(0)]);
+    let blocks = s.wide * s.g * s.b;
     let chunks = s.t.div_ceil(chunk);
     let parts = match blocks {
-        0 | 132.. => 1,
+        0 | 264.. => 1,
         _ => (FULL / blocks).clamp(1, chunks.max(1)),
     };
     let part = chunks.div_ceil(parts).max(1) * chunk;
@@ -159,17 +154,11 @@ pub fn selective_scan(r: &mut Recorder, a: &Args, chunk: usize) {
     ]);
     params.extend(s.sizes(chunk));
     params.push(int(part));
-    let read: &[&Tensor] = if z.is_present() {
-        &[x, dt, z]
-    } else {
-        &[x, dt]
-    };
-    r.launch_shared(
+    r.launch(
         ("selective_scan", "scan_fwd"),
         s.defines.clone(),
-        [s.blocks, s.g * parts, s.b],
-        CHANNELS,
-        s.shared(read),
+        [s.wide, s.g * parts, s.b],
+        FORWARD,
         params,
     );
 }
@@ -187,18 +176,22 @@ pub fn selective_scan_bwd(r: &mut Recorder, a: &Args, chunk: usize) {
         false => Tensor::ABSENT,
     };
     let (dd, ddt_bias, dz) = (optional(5), optional(6), optional(7));
-    let mut s = Shape::of(a, chunk, &[x, dt, z, dy]);
-    // Runs as long as shared memory allows.
-    let bytes = |t: &Tensor| CHANNELS * t.dtype.bytes();
-    let shared = |run: usize| {
-        let kept = (run / SUB - 2) * s.half * 8 * CHANNELS;
-        let narrow = (run + CHANNELS / 32 * SUB) * 4 * s.half * 4;
-        kept + narrow + run * (bytes(x) + bytes(dt)) + SUB * (bytes(dy) + bytes(z))
+    let s = Shape::of(a, chunk, &[x, dt, z, dy, a.res(0), a.res(1), &dz]);
+    // As many channels, and then runs as long, as shared memory allows.
+    let shared = |(channels, run): (usize, usize)| {
+        let threads = 2 * channels;
+        let kept = (run / SUB).saturating_sub(2) * s.held * 2 * threads;
+        let narrow = (STAGED + threads / 32 * SUB) * s.held * 8;
+        4 * (kept + STAGED * channels * 2 + narrow + 5 * SUB * channels)
     };
-    let run = [64, 32].into_iter().find(|&run| shared(run) <= SHARED);
-    let run = run.unwrap_or(TILE);
-    let (shared, fine) = (shared(run), run.min(chunk));
-    s.defines.push(define("FINE", run));
+    let sizes = [128, 64, 32].map(|c| [64, 32, TILE].map(|run| (c, run)));
+    let sizes = sizes.as_flattened();
+    let fits = sizes.iter().find(|&&size| shared(size) <= SHARED);
+    let &(channels, run) = fits.unwrap_or(&(32, TILE));
+    let (shared, fine) = (shared((channels, run)), run.min(chunk));
+    let blocks = (s.i / s.g).div_ceil(channels);
+    let mut defines = s.defines.clone();
+    defines.extend([define("FINE", run), define("CHANNELS", channels)]);
     let absent = Tensor::ABSENT;
     let mut saved = a.arg(9).clone();
     if fine < chunk {
@@ -208,8 +201,9 @@ pub fn selective_scan_bwd(r: &mut Recorder, a: &Args, chunk: usize) {
         states(r, a, &s, (chunk, chunk, fine), to);
     }
     let rows = s.b * s.t * s.g;
-    let narrow = r.scratch(DType::F32, s.blocks * rows * 2 * s.n);
-    let stride = s.i * (s.n + 2);
+    let narrow = r.scratch(DType::F32, blocks * rows * 2 * s.n);
+    // Rows of 16 bytes: the states in them are written four at a time.
+    let stride = (s.i * (s.n + 2)).next_multiple_of(4);
     let mut part = r.scratch(DType::F32, s.b * stride);
     part.dims = vec![s.b, stride];
     let mut params: Vec<Param> = (0..9).map(|k| a.arg(k).into()).collect();
@@ -226,14 +220,13 @@ pub fn selective_scan_bwd(r: &mut Recorder, a: &Args, chunk: usize) {
     params.push(int(fine));
     r.launch_shared(
         ("selective_scan", "scan_bwd"),
-        s.defines.clone(),
-        [s.blocks, s.g, s.b],
-        CHANNELS,
+        defines.clone(),
+        [blocks, s.g, s.b],
+        2 * channels,
         shared,
         params,
     );
     let (db, dc) = (a.res(3), a.res(4));
-    let mut defines = s.defines.clone();
     defines.extend(crate::record::types(&[
         ("TR3", db.dtype),
         ("TR4", dc.dtype),
@@ -247,7 +240,7 @@ pub fn selective_scan_bwd(r: &mut Recorder, a: &Args, chunk: usize) {
             (&narrow).into(),
             db.into(),
             dc.into(),
-            int(s.blocks),
+            int(blocks),
             long(rows),
         ],
     );

@@ -761,13 +761,32 @@ fn convolution_of_many_and_few_channels() {
 
 #[test]
 fn mamba1() {
+    mamba1_of(&[
+        (2, 11, 6, 3, 2, 4, false),
+        (2, 11, 6, 3, 2, 4, true),
+        (1, 41, 8, 16, 1, 32, true),
+        (1, 75, 2, 2, 1, 70, false),
+    ]);
+}
+
+#[test]
+fn mamba1_of_odd_widths() {
+    mamba1_of(&[
+        (2, 7, 1, 16, 1, 100, false),
+        (2, 7, 3, 16, 1, 4, true),
+        (1, 9, 33, 4, 1, 4, false),
+    ]);
+}
+
+#[test]
+fn mamba1_of_wide_states() {
+    mamba1_of(&[(1, 19, 4, 70, 1, 16, true)]);
+}
+
+/// Batch, tokens, channels, states, groups, chunk and whether there are documents.
+fn mamba1_of(shapes: &[(usize, usize, usize, usize, usize, usize, bool)]) {
     with_device(|g| {
-        for (b, t, i, n, gr, chunk, documents) in [
-            (2, 11, 6, 3, 2, 4, false),
-            (2, 11, 6, 3, 2, 4, true),
-            (1, 41, 8, 16, 1, 32, true),
-            (1, 75, 2, 2, 1, 70, false),
-        ] {
+        for &(b, t, i, n, gr, chunk, documents) in shapes {
             let pos = match documents {
                 true => positions(b, t),
                 false => No,
@@ -1016,9 +1035,8 @@ fn ssd_reference(z: Sizes, a: &[V], state: &[f64], low: f64, dy: &[f64]) -> (V, 
 }
 
 /// Many tokens, odd ones, parts of time, groups, wide and narrow heads and states: what goes through tensor cores in bf16.
-#[test]
-fn mamba2_in_tiles() {
-    let sizes = |b, t, h, p, g, n, chunk| Sizes {
+fn sizes([b, t, h, p, g, n, chunk]: [usize; 7]) -> Sizes {
+    Sizes {
         b,
         t,
         h,
@@ -1026,16 +1044,42 @@ fn mamba2_in_tiles() {
         g,
         n,
         chunk,
-    };
-    for (z, documents, low) in [
-        (sizes(2, 150, 4, 64, 1, 128, 128), false, 0.0),
-        (sizes(1, 330, 4, 64, 2, 128, 100), true, 0.4),
-        (sizes(2, 75, 3, 5, 1, 21, 16), true, 0.0),
-        (sizes(1, 90, 4, 32, 2, 64, 256), true, 0.0),
-        (sizes(1, 130, 2, 96, 1, 128, 64), true, 0.0),
-        (sizes(1, 75, 2, 64, 1, 256, 50), true, 0.0),
-        (sizes(1, 33, 2, 200, 2, 48, 32), true, 0.0),
-    ] {
+    }
+}
+
+#[test]
+fn mamba2_in_tiles() {
+    in_tiles(&[(sizes([2, 150, 4, 64, 1, 128, 128]), false, 0.0)]);
+}
+
+#[test]
+fn mamba2_in_tiles_of_documents() {
+    in_tiles(&[(sizes([1, 330, 4, 64, 2, 128, 100]), true, 0.4)]);
+}
+
+#[test]
+fn mamba2_in_small_tiles() {
+    in_tiles(&[
+        (sizes([2, 75, 3, 5, 1, 21, 16]), true, 0.0),
+        (sizes([1, 90, 4, 32, 2, 64, 256]), true, 0.0),
+    ]);
+}
+
+#[test]
+fn mamba2_in_wide_tiles() {
+    in_tiles(&[
+        (sizes([1, 130, 2, 96, 1, 128, 64]), true, 0.0),
+        (sizes([1, 33, 2, 200, 2, 48, 32]), true, 0.0),
+    ]);
+}
+
+#[test]
+fn mamba2_in_tiles_of_wide_states() {
+    in_tiles(&[(sizes([1, 75, 2, 64, 1, 256, 50]), true, 0.0)]);
+}
+
+fn in_tiles(shapes: &[(Sizes, bool, f64)]) {
+    for &(z, documents, low) in shapes {
         let (plain, carried_on) = (OnceCell::new(), OnceCell::new());
         with_device(|gpu| {
             // No kernel here chooses its order.
