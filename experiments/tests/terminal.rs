@@ -55,7 +55,7 @@ impl Session {
         let file = dir.path().join("s.ron");
         fs::write(&file, SWEEP).unwrap();
         let command = format!(
-            "stty rows 30 cols 100; exec {} sweep {} --out {} --threads 1",
+            "stty rows 30 cols 100; {} sweep {} --out {} --threads 1; code=$?; stty -a; exit $code",
             env!("CARGO_BIN_EXE_marimba"),
             file.display(),
             dir.path().join("out").display()
@@ -112,10 +112,11 @@ impl Session {
         self.keys.flush().unwrap();
     }
 
-    /// The view's process.
+    /// The view's process: the only child of the shell that `script` runs.
     fn view(&self) -> u32 {
-        let all = children(self.child.id());
-        *all.first().expect("script runs it")
+        let shell = children(self.child.id());
+        let all = children(*shell.first().expect("script runs a shell"));
+        *all.first().expect("the shell runs the view")
     }
 
     fn signal(&self, name: &str) {
@@ -141,6 +142,13 @@ impl Session {
         }
     }
 
+    /// At the end the shell finds a screen with a cursor, and lines that are edited and echoed.
+    fn is_given_back(&self) {
+        self.wait_until("what stty says", || self.said().contains("icanon"));
+        assert!(self.has_left(), "{}", self.last());
+        assert!(edits_lines(&self.said()), "{}", self.last());
+    }
+
     /// Screen and cursor were given back last.
     fn has_left(&self) -> bool {
         let said = self.said();
@@ -156,17 +164,23 @@ impl Session {
             .arg(self.terminal())
             .output()
             .unwrap();
-        let text = String::from_utf8_lossy(&out.stdout).into_owned();
-        let on = |word: &str| text.split([' ', ';', '\n']).any(|w| w == word);
-        assert!(on("icanon") == on("echo"), "{text}");
-        !on("icanon")
+        !edits_lines(&String::from_utf8_lossy(&out.stdout))
     }
+}
+
+/// Whether `stty -a` says that lines are edited and echoed (`-icanon` says that they are not).
+fn edits_lines(said: &str) -> bool {
+    let on = |word: &str| said.split([' ', ';', '\r', '\n']).any(|w| w == word);
+    assert!(on("icanon") == on("echo"), "{said}");
+    on("icanon")
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
         if self.child.try_wait().is_ok_and(|s| s.is_none()) {
-            for pid in children(self.child.id()) {
+            let shells = children(self.child.id());
+            let views: Vec<u32> = shells.iter().flat_map(|&s| children(s)).collect();
+            for pid in views.iter().chain(&shells) {
                 let _ = Command::new("kill")
                     .args(["-KILL", &pid.to_string()])
                     .status();
@@ -197,7 +211,7 @@ fn the_terminal_is_given_back_at_the_end() {
     let Some(mut session) = running() else { return };
     session.key(b"q");
     assert_eq!(session.ended().code(), Some(130), "{}", session.last());
-    assert!(session.has_left(), "{}", session.last());
+    session.is_given_back();
     assert!(session.said().contains("--resume"), "{}", session.last());
 }
 
@@ -206,7 +220,7 @@ fn sigterm_gives_it_back() {
     let Some(mut session) = running() else { return };
     session.signal("TERM");
     assert_eq!(session.ended().code(), Some(130), "{}", session.last());
-    assert!(session.has_left(), "{}", session.last());
+    session.is_given_back();
 }
 
 #[test]
@@ -222,5 +236,5 @@ fn a_suspended_view_gives_it_back_and_takes_it_again() {
     session.wait_until("keys are its own again", || session.is_raw());
     session.key(b"q");
     assert_eq!(session.ended().code(), Some(130), "{}", session.last());
-    assert!(session.has_left(), "{}", session.last());
+    session.is_given_back();
 }
