@@ -302,8 +302,6 @@ mod tests {
         match stem {
             "ssd" => &[
                 "",
-                "TILED VEC Q=64 NN=128 PS=64 HEADS=2 R=128",
-                "TILED VEC=0 Q=32 NN=256 PS=64 HEADS=1 R=64",
                 "TILED GRADS VEC Q=64 NN=128 PS=64 HEADS=2 R=128 PP=64 STAGES=2",
                 "TILED GRADS VEC=0 Q=32 NN=256 PS=64 HEADS=1 R=64 PP=64 STAGES=1",
             ],
@@ -330,10 +328,6 @@ mod tests {
                 let tensor: &[&str] = match (stem, arch) {
                     ("attention", "sm_90a") => &["TENSOR P=80 SUMS", "TENSOR P=64", "TENSOR P=256"],
                     ("moe", "sm_90a") => &["TENSOR"],
-                    ("ssd", "sm_90a") => &[
-                        "TILED WG VEC Q=64 NN=128 PS=64 HEADS=2 R=128",
-                        "TILED WG VEC=0 Q=64 NN=64 PS=64 HEADS=1 R=64",
-                    ],
                     _ => &[],
                 };
                 for form in forms(stem).iter().chain(tensor) {

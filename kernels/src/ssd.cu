@@ -151,29 +151,12 @@ struct Tiles {
         return left < Q ? left : Q;
     }
 };
-// A tile among those of its chunk, without divisions on the way to the next.
-struct Cursor {
-    Tiles at;
-    int inner, begin;
-    __device__ Cursor(const Tiles& at, int k) : at(at), inner(k % at.per), begin(k / at.per * at.chunk) {}
-    __device__ void next() {
-        if (++inner == at.per) {
-            inner = 0;
-            begin += at.chunk;
-        }
-    }
-    __device__ int start() const { return begin + inner * Q; }
-    __device__ int len() const { return min(min(at.chunk - inner * Q, at.T - start()), Q); }
-};
 // One block a tile of SPAN heads: four threads a head, each a quarter of the tokens. key = cum - log2 dts.
 #define SPAN 32
 KERNEL ssd_prepare(const TA1* dt, const TA2* a, const TA6* dt_bias, const int* pos, float* dts, float* cum, float* key, int* first, int T, int H, int chunk, int per, int tiles, float lo, float hi) {
-    // Rows of heads, four words longer than a tile, so that threads of neighbouring heads write to all banks.
-    __shared__ __align__(16) float rows[3][SPAN][Q + 4];
     __shared__ float ends[4][SPAN];
-    __shared__ u32 begun[Q / 32];
     constexpr int M = Q / 4;
-    int own = threadIdx.x % SPAN, h = blockIdx.x * SPAN + own, part = threadIdx.x / SPAN, k = blockIdx.y;
+    int h = blockIdx.x * SPAN + threadIdx.x % SPAN, part = threadIdx.x / SPAN, k = blockIdx.y;
     i64 b = blockIdx.z;
     Tiles at = {T, chunk, per};
     int t0 = at.start(k), len = at.len(k);
@@ -181,55 +164,42 @@ KERNEL ssd_prepare(const TA1* dt, const TA2* a, const TA6* dt_bias, const int* p
     float rate = on ? ld(a, h) * 1.4426950408889634f : 0.f, bias = on && dt_bias ? ld(dt_bias, h) : 0.f, d[M], s[M];
 #pragma unroll
     for (int i = 0; i < M; i++) d[i] = on && part * M + i < len ? ld(dt, (b * T + t0 + part * M + i) * H + h) : 0.f;
-    if (blockIdx.x == 0 && threadIdx.x < Q) {
-        u32 bits = __ballot_sync(FULL, pos && (int)threadIdx.x < len && pos[b * T + t0 + threadIdx.x] == 0);
-        if ((threadIdx.x & 31) == 0) begun[threadIdx.x >> 5] = bits;
-    }
 #pragma unroll
     for (int i = 0; i < M; i++) {
         d[i] = part * M + i < len ? fminf(fmaxf(softplus(d[i] + bias), lo), hi) : 0.f;
         s[i] = (i ? s[i - 1] : 0.f) + d[i] * rate;
     }
-    ends[part][own] = s[M - 1];
+    ends[part][threadIdx.x % SPAN] = s[M - 1];
     __syncthreads();
     float before = 0;
-    for (int i = 0; i < part; i++) before += ends[i][own];
+    for (int i = 0; i < part; i++) before += ends[i][threadIdx.x % SPAN];
+    if (on) {
+        i64 out = ((b * tiles + k) * H + h) * Q + part * M;
 #pragma unroll
-    for (int i = 0; i < M; i += 4) {
-        float e[4], l[4];
+        for (int i = 0; i < M; i += 4) {
+            float e[4], l[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            e[j] = before + s[i + j];
-            l[j] = e[j] - log2_fast(d[i + j]);
+            for (int j = 0; j < 4; j++) {
+                e[j] = before + s[i + j];
+                l[j] = e[j] - log2_fast(d[i + j]);
+            }
+            *(float4*)(dts + out + i) = make_float4(d[i], d[i + 1], d[i + 2], d[i + 3]);
+            *(float4*)(cum + out + i) = make_float4(e[0], e[1], e[2], e[3]);
+            *(float4*)(key + out + i) = make_float4(l[0], l[1], l[2], l[3]);
         }
-        *(float4*)&rows[0][own][part * M + i] = make_float4(d[i], d[i + 1], d[i + 2], d[i + 3]);
-        *(float4*)&rows[1][own][part * M + i] = make_float4(e[0], e[1], e[2], e[3]);
-        *(float4*)&rows[2][own][part * M + i] = make_float4(l[0], l[1], l[2], l[3]);
     }
-    __syncthreads();
-    i64 out = ((b * tiles + k) * H + blockIdx.x * SPAN) * Q;
-#pragma unroll
-    for (int i = 0; i < SPAN * Q / 4 / 128; i++) {
-        int e = threadIdx.x + i * 128, r = e / (Q / 4), c = e % (Q / 4) * 4;
-        if (blockIdx.x * SPAN + r >= H) continue;
-        *(float4*)(dts + out + e * 4) = *(const float4*)&rows[0][r][c];
-        *(float4*)(cum + out + e * 4) = *(const float4*)&rows[1][r][c];
-        *(float4*)(key + out + e * 4) = *(const float4*)&rows[2][r][c];
-    }
-    if (blockIdx.x == 0 && threadIdx.x < Q) {
-        int word = threadIdx.x >> 5, from = -1;
-        u32 bits = begun[word] & (0xffffffffu >> (31 - (threadIdx.x & 31)));
-        for (;; bits = begun[word]) {
-            if (bits) from = word * 32 + 31 - __clz(bits);
-            if (bits || --word < 0) break;
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        int from = -1;
+        for (int i = 0; i < Q; i++) {
+            if (i < len && pos && pos[b * T + t0 + i] == 0) from = i;
+            first[(b * tiles + k) * Q + i] = from;
         }
-        first[(b * tiles + k) * Q + threadIdx.x] = from;
     }
 }
 // Rows of a matrix in memory into columns col.. of a tile with rows of W; zeros beyond `rows` and `cols`.
 template <int W, int ROWS, int COLS, int THREADS, bool WHOLE = VEC> __device__ __forceinline__ void fetch(u32 to, int col, const bf16* from, i64 stride, int rows, int cols) {
     constexpr int C = COLS / 8, STEP = THREADS / C;
-    int r = threadIdx.x % THREADS / C, c = threadIdx.x % C * 8;
+    int r = threadIdx.x / C, c = threadIdx.x % C * 8;
     u32 at = to + tile<W>(r, col + c);
     const bf16* p = from + r * stride + c;
     stride *= STEP;
@@ -266,42 +236,9 @@ __device__ __forceinline__ void put8(bf16* to, u32 from, int cols) {
 template <int THREADS> __device__ __forceinline__ void fetch_row(void* to, const void* from, int lane) {
     for (int i = lane; i < Q / 4; i += THREADS) cp16(shared_address(to) + i * 16, (const char*)from + i * 16, 16);
 }
-#define TRIANGLE (Q / 16 * (Q / 16 + 1) / 2)
-#define LANE int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3; (void)g; (void)t; (void)lane; (void)warp;
-#if defined(WG) && defined(HOPPER)
-// Tiles of sm_90a's forms are [64][64] with swizzled rows in shared memory; wider ones lie side by side.
-#define BLOCKS (NN / 64)
-#define PLANE 8192
-// What all lanes of a warp know to be one number.
-#define UNIFORM(x) __shfl_sync(FULL, x, 0)
-__device__ __forceinline__ void stsm4(u32 at, u32 a, u32 b, u32 c, u32 d) { asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory"); }
-// This warp's 16 rows of an accumulator [64][16 COUNT] as bf16.
-template <int COUNT> __device__ __forceinline__ void put_rows(u32 to, const float* v) {
-    int lane = threadIdx.x & 31, row = (threadIdx.x >> 5 & 3) * 16 + (lane & 15);
-    to += row * 128;
-#pragma unroll
-    for (int j = 0; j < COUNT; j++) {
-        const float* d = v + 8 * j;
-        stsm4(to + (j / 4) * PLANE + (((j % 4) * 2 + (lane >> 4)) ^ (row & 7)) * 16, pack(d[0], d[1]), pack(d[2], d[3]), pack(d[4], d[5]), pack(d[6], d[7]));
-    }
-}
-// Rows of a tile times their weights, by the threads of a warpgroup.
-template <class W> __device__ __forceinline__ void weigh(u32 to, u32 from, W weight) {
-    int lane = threadIdx.x & 127, row = lane >> 3, c = lane & 7;
-#pragma unroll
-    for (int i = 0; i < 4; i++, row += 16) {
-        u32 at = tile<64>(row, c * 8);
-        uint4 v = lds128(from + at);
-        float f = weight(row);
-        u32 w = pack(f, f);
-        sts128(to + at, uint4{times(v.x, w), times(v.y, w), times(v.z, w), times(v.w, w)});
-    }
-}
-#endif
-// What walks over tiles is compiled apart from the gradients.
-#if !GRADS
 #define WALKERS 128
 #define MT (R / 64)
+#define LANE int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3; (void)g; (void)t; (void)lane; (void)warp;
 struct Own { // the rows of the state that a block holds: HEADS heads, PS rows each; a warp's are of one head
     int h0, p0, group;
     __device__ Own(int H, int P, int G) {
@@ -324,276 +261,6 @@ __device__ __forceinline__ void fetch_scalars(Scalars* to, const float* cum, con
     }
     fetch_row<WALKERS>(to->first, first + (b * tiles + k) * Q, threadIdx.x);
 }
-#if defined(WG) && defined(HOPPER)
-// The walks on sm_90a: a warpgroup a head (or 64 rows of one) with the state [64][NN] in its accumulators. One more
-// warpgroup brings what they read.
-#define CREW ((HEADS + 1) * 128)
-// Between accumulators and f32 rows [P N] of memory.
-__device__ __forceinline__ void load_rows(float (&s)[NN / 2], const float* from, int p0, int P, int N) {
-    LANE
-#pragma unroll
-    for (int i = 0; i < NN / 2; i++) {
-        int p = (warp & 3) * 16 + g + (i >> 1 & 1) * 8, n = i / 4 * 8 + t * 2 + (i & 1);
-        s[i] = from && p0 + p < P && n < N ? from[(i64)(p0 + p) * N + n] : 0.f;
-    }
-}
-__device__ __forceinline__ void save_rows(const float (&s)[NN / 2], float* to, int p0, int P, int N) {
-    LANE
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int p = p0 + (warp & 3) * 16 + g + half * 8;
-        if (p >= P) continue;
-        float* q = to + (i64)p * N + t * 2;
-#pragma unroll
-        for (int j = 0; j < NN / 8; j++) {
-            if (NN > 64 && N == NN || j * 8 + t * 2 < N) {
-#if VEC
-                *(float2*)(q + j * 8) = make_float2(s[4 * j + half * 2], s[4 * j + half * 2 + 1]);
-#else
-                q[j * 8] = s[4 * j + half * 2];
-                if (j * 8 + t * 2 + 1 < N) q[j * 8 + 1] = s[4 * j + half * 2 + 1];
-#endif
-            }
-        }
-    }
-}
-__device__ __forceinline__ void crew_scalars(Scalars* to, const float* cum, const float* key, const int* first, i64 b, int h0, int H, int tiles, int k) {
-    int row = threadIdx.x >> 4 & 7, c = (threadIdx.x & 15) * 4;
-    i64 at = ((b * tiles + k) * H + h0 + (row >> 1)) * Q + c;
-    if (row < 2 * HEADS) cp16(shared_address(row & 1 ? to->key[row >> 1] + c : to->cum[row >> 1] + c), (row & 1 ? key : cum) + at, 16);
-    else if (row == 2 * HEADS) cp16(shared_address(to->first + c), first + (b * tiles + k) * Q + c, 16);
-}
-template <bool BACK> __device__ __forceinline__ void walk(const bf16* u, const bf16* v, const float* cum, const float* key, const int* first, const float* init, float* fin, float* total, bf16* out, int T, int H, int P, int G, int N, int chunk, int part_chunks, int rows, int init_all, int init_step) {
-    DYNAMIC_SHARED(shared);
-    LANE
-    Own own(H, P, G);
-    i64 b = blockIdx.z;
-    int per = (chunk + Q - 1) / Q, chunks = (T + chunk - 1) / chunk, tiles = chunks * per, parts = gridDim.y, w = UNIFORM(threadIdx.x >> 7);
-    warp = UNIFORM(warp);
-    Tiles at = {T, chunk, per};
-    int from = blockIdx.y * part_chunks * per, to = from + part_chunks * per;
-    to = to < tiles ? to : tiles;
-    while (to > from && at.len(to - 1) <= 0) to--;
-    constexpr u32 STAGE = (BLOCKS + HEADS) * PLANE, FIXED = HEADS * (BLOCKS + 1) * PLANE;
-    u32 pad = -shared_address(shared) & 1023, base = shared_address(shared) + pad, stile = base + 2 * STAGE + w * BLOCKS * PLANE, weighted = base + 2 * STAGE + HEADS * BLOCKS * PLANE + w * PLANE;
-    Scalars* scalars = (Scalars*)(shared + pad + 2 * STAGE + FIXED);
-    auto issue = [&](int i) {
-        int k = BACK ? from + to - 1 - i : i, len = at.len(k);
-        i64 row = b * T + at.start(k);
-        u32 dst = base + ((i - from) & 1) * STAGE;
-#pragma unroll
-        for (int x = 0; x < BLOCKS; x++) fetch<64, Q, 64, 128>(dst + x * PLANE, 0, v + (row * G + own.group) * N + x * 64, (i64)G * N, len, N - x * 64);
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) fetch<64, Q, 64, 128>(dst + (BLOCKS + h) * PLANE, 0, u + (row * H + own.h0 + h) * P + own.p0, (i64)H * P, len, P - own.p0);
-        crew_scalars(scalars + ((i - from) & 1), cum, key, first, b, own.h0, H, tiles, k);
-    };
-    if (w == HEADS) {
-        if (from < to) issue(from);
-        cp_commit();
-        for (int i = from; i < to; i++) {
-            cp_wait<0>();
-            fence_shared();
-            __syncthreads();
-            if (i + 1 < to) issue(i + 1);
-            cp_commit();
-        }
-        return;
-    }
-    float s[NN / 2], product = 1;
-    load_rows(s, init ? init + ((b * init_all + blockIdx.y * init_step) * H + own.h0 + w) * P * N : init, own.p0, P, N);
-    for (int i = from; i < to; i++) {
-        __syncthreads();
-        int k = BACK ? from + to - 1 - i : i;
-        const Scalars& sc = scalars[(i - from) & 1];
-        const float *cm = sc.cum[w], *ky = sc.key[w];
-        u32 vtile = base + ((i - from) & 1) * STAGE;
-        int start = sc.first[Q - 1];
-        float last = cm[Q - 1], decay = start < 0 ? exp2_fast(last) : 0.f;
-        weigh(weighted, vtile + (BLOCKS + w) * PLANE, [&](int q) {
-            if (BACK) return sc.first[q] < 0 ? exp2_fast(cm[q]) : 0.f;
-            return q >= start ? exp2_fast(last - ky[q]) : 0.f;
-        });
-        fence_shared();
-        if (out) put_rows<NN / 16>(stile, s);
-        product *= decay;
-#pragma unroll
-        for (int e = 0; e < NN / 2; e++) s[e] *= decay;
-        named_wait(1 + w, 128);
-        pin(s);
-        mma_begin();
-#pragma unroll
-        for (int kk = 0; kk < Q / 16; kk++) mma<1, 1>(s, operand(weighted + kk * 2048), operand(vtile + kk * 2048, PLANE), 1);
-        mma_commit();
-        if (out) {
-            bf16* o = out + (((b * tiles + k) * H + own.h0 + w) * rows + own.p0) * NN;
-            constexpr int C = NN / 8, STEP = 32 / C;
-            int c = lane % C, pr = (warp & 3) * 16 + lane / C;
-#pragma unroll
-            for (int e = 0; e < 16 / STEP; e++, pr += STEP)
-                if (own.p0 + pr < rows) *(uint4*)(o + (i64)pr * NN + c * 8) = lds128(stile + (c >> 3) * PLANE + tile<64>(pr, (c & 7) * 8));
-        }
-        mma_wait<0>();
-        pin(s);
-    }
-    if (fin) save_rows(s, fin + ((b * parts + blockIdx.y) * H + own.h0 + w) * P * N, own.p0, P, N);
-    if (total && (threadIdx.x & 127) == 0 && own.p0 == 0) total[(b * parts + blockIdx.y) * H + own.h0 + w] = product;
-}
-KERNEL __launch_bounds__(CREW, 1) ssd_tiles(const bf16* x, const bf16* b, const bf16* c, const TA5* d, const float* cum, const float* key, const int* first, bf16* y, const float* init, float* fin, float* saved, int T, int H, int P, int G, int N, int chunk, int part_chunks) {
-    DYNAMIC_SHARED(shared);
-    LANE
-    Own own(H, P, G);
-    i64 bi = blockIdx.z;
-    int per = (chunk + Q - 1) / Q, chunks = (T + chunk - 1) / chunk, tiles = chunks * per, parts = gridDim.y, w = UNIFORM(threadIdx.x >> 7);
-    warp = UNIFORM(warp);
-    Tiles at = {T, chunk, per};
-    int from = blockIdx.y * part_chunks * per, to = from + part_chunks * per;
-    to = to < tiles ? to : tiles;
-    while (to > from && at.len(to - 1) <= 0) to--;
-    constexpr u32 STAGE = (2 * BLOCKS + HEADS) * PLANE, FIXED = HEADS * (BLOCKS + 2) * PLANE;
-    u32 pad = -shared_address(shared) & 1023, base = shared_address(shared) + pad, stile = base + 2 * STAGE + w * BLOCKS * PLANE, weighted = base + 2 * STAGE + HEADS * BLOCKS * PLANE + w * PLANE, ytile = weighted + HEADS * PLANE;
-    Scalars* scalars = (Scalars*)(shared + pad + 2 * STAGE + FIXED);
-    auto issue = [&](int k) {
-        int len = at.len(k);
-        i64 row = bi * T + at.start(k);
-        u32 dst = base + ((k - from) & 1) * STAGE;
-#pragma unroll
-        for (int i = 0; i < BLOCKS; i++) {
-            fetch<64, Q, 64, 128>(dst + i * PLANE, 0, b + (row * G + own.group) * N + i * 64, (i64)G * N, len, N - i * 64);
-            fetch<64, Q, 64, 128>(dst + (BLOCKS + i) * PLANE, 0, c + (row * G + own.group) * N + i * 64, (i64)G * N, len, N - i * 64);
-        }
-#pragma unroll
-        for (int h = 0; h < HEADS; h++) fetch<64, Q, 64, 128>(dst + (2 * BLOCKS + h) * PLANE, 0, x + (row * H + own.h0 + h) * P + own.p0, (i64)H * P, len, P - own.p0);
-        crew_scalars(scalars + ((k - from) & 1), cum, key, first, bi, own.h0, H, tiles, k);
-    };
-    // Each warpgroup waits for what it reads, not for the other ones: one may compute while the other multiplies.
-    __shared__ __align__(8) u64 bars[4];
-    u32 full = shared_address(bars), empty = full + 16;
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < 2; i++) {
-            bar_init(full + 8 * i, 128);
-            bar_init(empty + 8 * i, 4 * HEADS);
-        }
-        bar_init_done();
-    }
-    __syncthreads();
-    if (w == HEADS) {
-        if (HEADS == 2) registers_less<40>();
-        for (int k = from; k < to; k++) {
-            int n = k - from;
-            if (n > 1) bar_wait(empty + (n & 1) * 8, ((n >> 1) - 1) & 1);
-            issue(k);
-            cp_commit();
-            cp_wait<0>();
-            fence_shared();
-            bar_arrive(full + (n & 1) * 8);
-        }
-        return;
-    }
-    if (HEADS == 2) registers_more<232>();
-    int wr = (warp & 3) * 16, q0 = wr + g;
-    float s[NN / 2], skip = d ? ld(d, own.h0 + w) : 0.f;
-    load_rows(s, init ? init + ((bi * parts + blockIdx.y) * H + own.h0 + w) * P * N : init, own.p0, P, N);
-    put_rows<NN / 16>(stile, s);
-    Cursor cursor(at, from);
-    i64 chunk_at = bi * chunks + from / per;
-    for (int k = from; k < to; k++, cursor.next()) {
-        int len = cursor.len(), n = k - from;
-        fence_shared();
-        named_wait(1 + w, 128);
-        bar_wait(full + (n & 1) * 8, (n >> 1) & 1);
-        u32 btile = base + ((k - from) & 1) * STAGE, ctile = btile + BLOCKS * PLANE, xtile = ctile + (BLOCKS + w) * PLANE;
-        const Scalars& sc = scalars[(k - from) & 1];
-        const float *cm = sc.cum[w], *ky = sc.key[w];
-        int start = sc.first[Q - 1];
-        float cb[32], ya[32];
-        if (saved && cursor.inner == 0) save_rows(s, saved + (chunk_at++ * H + own.h0 + w) * P * N, own.p0, P, N);
-        // No branches while products are under way: the compiler would wait for each of them.
-        pin(cb);
-        pin(ya);
-        mma_begin();
-#pragma unroll
-        for (int kk = 0; kk < NN / 16; kk++) mma<0, 0>(cb, operand(ctile + (kk >> 2) * PLANE + (kk & 3) * 32), operand(btile + (kk >> 2) * PLANE + (kk & 3) * 32), kk > 0);
-#pragma unroll
-        for (int kk = 0; kk < NN / 16; kk++) mma<0, 0>(ya, operand(ctile + (kk >> 2) * PLANE + (kk & 3) * 32), operand(stile + (kk >> 2) * PLANE + (kk & 3) * 32), kk > 0);
-        mma_commit();
-        float last = cm[Q - 1], decay = start < 0 ? exp2_fast(last) : 0.f;
-        weigh(weighted, xtile, [&](int q) { return q >= start ? exp2_fast(last - ky[q]) : 0.f; });
-        fence_shared();
-#pragma unroll
-        for (int e = 0; e < NN / 2; e++) s[e] *= decay;
-        // What precedes this warp's rows: the decay up to them times the decay from there on.
-        float c0 = cm[q0], c1 = cm[q0 + 8], ref = wr ? cm[wr - 1] : 0.f, f0 = exp2_fast(c0 - ref), f1 = exp2_fast(c1 - ref);
-        int b0 = start < 0 ? 0 : sc.first[q0], b1 = start < 0 ? 0 : sc.first[q0 + 8];
-        mma_wait<0>();
-        pin(cb);
-        pin(ya);
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-            int col = j * 8 + t * 2;
-            float* m = cb + 4 * j;
-            if (j * 8 < wr) {
-                float2 kj = *(const float2*)&ky[col];
-                float e0 = exp2_fast(ref - kj.x), e1 = exp2_fast(ref - kj.y);
-                m[0] *= f0 * e0;
-                m[1] *= f0 * e1;
-                m[2] *= f1 * e0;
-                m[3] *= f1 * e1;
-                if (start >= 0) {
-                    m[0] = col >= b0 ? m[0] : 0.f;
-                    m[1] = col + 1 >= b0 ? m[1] : 0.f;
-                    m[2] = col >= b1 ? m[2] : 0.f;
-                    m[3] = col + 1 >= b1 ? m[3] : 0.f;
-                }
-            } else if (j * 8 < wr + 16) {
-                float2 kj = *(const float2*)&ky[col];
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    int q = q0 + (e >> 1) * 8, ss = col + (e & 1);
-                    float v = m[e] * exp2_fast((e >> 1 ? c1 : c0) - (e & 1 ? kj.y : kj.x));
-                    m[e] = ss <= q && ss >= (e >> 1 ? b1 : b0) ? v : 0.f;
-                    if (ss == q) m[e] += skip;
-                }
-            } else {
-                m[0] = m[1] = m[2] = m[3] = 0;
-            }
-        }
-        u32 m[16];
-#pragma unroll
-        for (int i = 0; i < 16; i++) m[i] = pack(cb[2 * i], cb[2 * i + 1]);
-        float w0 = start < 0 || sc.first[q0] < 0 ? exp2_fast(c0) : 0.f, w1 = start < 0 || sc.first[q0 + 8] < 0 ? exp2_fast(c1) : 0.f;
-#pragma unroll
-        for (int i = 0; i < 32; i++) ya[i] *= i & 2 ? w1 : w0;
-        named_wait(1 + w, 128);
-        pin(m);
-        pin(ya);
-        pin(s);
-        mma_begin();
-#pragma unroll
-        for (int kk = 0; kk < Q / 16; kk++) mma<1>(ya, m + 4 * kk, operand(xtile + kk * 2048), 1);
-#pragma unroll
-        for (int kk = 0; kk < Q / 16; kk++) mma<1, 1>(s, operand(weighted + kk * 2048), operand(btile + kk * 2048, PLANE), 1);
-        mma_commit();
-        mma_wait<0>();
-        pin(ya);
-        pin(m);
-        pin(s);
-        warp_arrive(empty + (n & 1) * 8);
-        put_rows<4>(ytile, ya);
-        __syncwarp();
-        {
-            int q = wr + (lane >> 3), p = (lane & 7) * 8, left = P - own.p0 - p;
-            bf16* o = y + ((bi * T + cursor.start() + q) * H + own.h0 + w) * P + own.p0 + p;
-#pragma unroll
-            for (int e = 0; e < 4; e++, q += 4, o += (i64)4 * H * P)
-                if (q < len) put8(o, ytile + tile<64>(q, p), left);
-        }
-        put_rows<NN / 16>(stile, s);
-    }
-    if (fin && blockIdx.y == parts - 1) save_rows(s, fin + (bi * H + own.h0 + w) * P * N, own.p0, P, N);
-}
-#define WALK_BOUNDS __launch_bounds__(CREW, 1)
-#else
-#define WALK_BOUNDS __launch_bounds__(WALKERS, 2)
 // Between the registers of a warp (an accumulator of MT x NN/8 tiles) and f32 rows [H P N] of memory.
 __device__ __forceinline__ void load_state(float (*s)[NN / 8][4], const float* from, int row0, int P, int N, const Own& own) {
     LANE
@@ -667,9 +334,9 @@ template <class W> __device__ __forceinline__ void advance(float (*s)[NN / 8][4]
     }
 }
 // The states alone. Forward: u = x, v = b, tiles in order. Back: u = dy, v = c, tiles in reverse, and what is carried is the gradient of
-// the state. Each part of the chunks starts from one of init[B][init_all][H][P][N], init_step apart (or zero); out[B][tiles][H][rows][NN] gets the state before each
+// the state. Each part of the chunks starts from init[B][parts][H][P][N] (or zero); out[B][tiles][H][rows][NN] gets the state before each
 // tile, fin[B][parts][H][P][N] the last one and total[B][parts][H] the product of the decays. Grid (heads and slices, parts, B).
-template <bool BACK> __device__ __forceinline__ void walk(const bf16* u, const bf16* v, const float* cum, const float* key, const int* first, const float* init, float* fin, float* total, bf16* out, int T, int H, int P, int G, int N, int chunk, int part_chunks, int rows, int init_all, int init_step) {
+template <bool BACK> __device__ __forceinline__ void walk(const bf16* u, const bf16* v, const float* cum, const float* key, const int* first, const float* init, float* fin, float* total, bf16* out, int T, int H, int P, int G, int N, int chunk, int part_chunks, int rows) {
     DYNAMIC_SHARED(shared);
     LANE
     Own own(H, P, G);
@@ -693,7 +360,7 @@ template <bool BACK> __device__ __forceinline__ void walk(const bf16* u, const b
     };
     int row0 = warp * MT * 16, head = row0 / PS;
     float s[MT][NN / 8][4], product = 1;
-    load_state(s, init ? init + (b * init_all + blockIdx.y * init_step) * H * P * N : init, row0, P, N, own);
+    load_state(s, init ? init + (b * parts + blockIdx.y) * H * P * N : init, row0, P, N, own);
     if (from < to) issue(from);
     cp_commit();
     for (int i = from; i < to; i++) {
@@ -739,11 +406,31 @@ template <bool BACK> __device__ __forceinline__ void walk(const bf16* u, const b
     if (fin) store_state(s, fin + (b * parts + blockIdx.y) * H * P * N, row0, P, N, own);
     if (total && lane == 0 && own.p0 == 0 && row0 % PS == 0) total[(b * parts + blockIdx.y) * H + own.h0 + head] = product;
 }
+KERNEL __launch_bounds__(WALKERS, 2) ssd_states(const bf16* u, const bf16* v, const float* cum, const float* key, const int* first, const float* init, float* fin, float* total, bf16* out, int T, int H, int P, int G, int N, int chunk, int part_chunks, int rows) {
+    walk<false>(u, v, cum, key, first, init, fin, total, out, T, H, P, G, N, chunk, part_chunks, rows);
+}
+KERNEL __launch_bounds__(WALKERS, 2) ssd_dstates(const bf16* u, const bf16* v, const float* cum, const float* key, const int* first, const float* init, float* fin, float* total, bf16* out, int T, int H, int P, int G, int N, int chunk, int part_chunks, int rows) {
+    walk<true>(u, v, cum, key, first, init, fin, total, out, T, H, P, G, N, chunk, part_chunks, rows);
+}
+// Ends of parts become their starts: s[part] <- what comes in, in order or in reverse.
+KERNEL ssd_join(float* s, const float* total, const float* init, int B, int parts, int H, i64 PN, int back) {
+    for (i64 e = global_thread(); e < (i64)B * H * PN; e += all_threads()) {
+        i64 b = e / (H * PN), r = e % (H * PN);
+        float v = init ? init[e] : 0.f;
+        for (int i = 0; i < parts; i++) {
+            i64 k = b * parts + (back ? parts - 1 - i : i);
+            float end = s[k * H * PN + r];
+            s[k * H * PN + r] = v;
+            v = end + total[k * H + r / PN] * v;
+        }
+    }
+}
 // Row and column of block `i` of the lower triangle.
 __device__ __forceinline__ void block_of(int i, int& row, int& col) {
     row = i < 1 ? 0 : i < 3 ? 1 : i < 6 ? 2 : 3;
     col = i - row * (row + 1) / 2;
 }
+#define TRIANGLE (Q / 16 * (Q / 16 + 1) / 2)
 // y. Each warp holds MT x 16 rows p of the state in registers and makes y' = S c' decayed + x' m', where m[q][s] = (c.b) decay dt + d at the
 // diagonal is made once a tile for each head.
 KERNEL __launch_bounds__(WALKERS, 2) ssd_tiles(const bf16* x, const bf16* b, const bf16* c, const TA5* d, const float* cum, const float* key, const int* first, bf16* y, const float* init, float* fin, float* saved, int T, int H, int P, int G, int N, int chunk, int part_chunks) {
@@ -914,27 +601,7 @@ KERNEL __launch_bounds__(WALKERS, 2) ssd_tiles(const bf16* x, const bf16* b, con
     }
     if (fin && blockIdx.y == parts - 1) store_state(s, fin + bi * H * P * N, row0, P, N, own);
 }
-#endif
-KERNEL WALK_BOUNDS ssd_states(const bf16* u, const bf16* v, const float* cum, const float* key, const int* first, const float* init, float* fin, float* total, bf16* out, int T, int H, int P, int G, int N, int chunk, int part_chunks, int rows, int init_all, int init_step) {
-    walk<false>(u, v, cum, key, first, init, fin, total, out, T, H, P, G, N, chunk, part_chunks, rows, init_all, init_step);
-}
-KERNEL WALK_BOUNDS ssd_dstates(const bf16* u, const bf16* v, const float* cum, const float* key, const int* first, const float* init, float* fin, float* total, bf16* out, int T, int H, int P, int G, int N, int chunk, int part_chunks, int rows, int init_all, int init_step) {
-    walk<true>(u, v, cum, key, first, init, fin, total, out, T, H, P, G, N, chunk, part_chunks, rows, init_all, init_step);
-}
-// Ends of parts become their starts: s[part] <- what comes in, in order or in reverse.
-KERNEL ssd_join(float* s, const float* total, const float* init, int B, int parts, int H, i64 PN, int back) {
-    for (i64 e = global_thread(); e < (i64)B * H * PN; e += all_threads()) {
-        i64 b = e / (H * PN), r = e % (H * PN);
-        float v = init ? init[e] : 0.f;
-        for (int i = 0; i < parts; i++) {
-            i64 k = b * parts + (back ? parts - 1 - i : i);
-            float end = s[k * H * PN + r];
-            s[k * H * PN + r] = v;
-            v = end + total[k * H + r / PN] * v;
-        }
-    }
-}
-#else
+#if GRADS
 #define GRADERS 256
 #define GW (GRADERS / 32)
 #define DXM (Q / 16)
@@ -1354,17 +1021,11 @@ KERNEL ssd_merge(const float* part, bf16* out, int splits, i64 n) {
     }
 }
 #endif
-// Sums over the rows of part[rows][3 H]; a result may be absent. One block a head.
-KERNEL ssd_total(const float* part, float* da, float* dbias, float* dd, int rows, int H) {
-    float s[3] = {0, 0, 0};
-    for (int i = threadIdx.x; i < rows; i += blockDim.x)
-#pragma unroll
-        for (int k = 0; k < 3; k++) s[k] += part[((i64)i * 3 + k) * H + blockIdx.x];
-#pragma unroll
-    for (int k = 0; k < 3; k++) {
-        float v = block_sum(s[k]);
-        float* to = k == 0 ? da : k == 1 ? dbias : dd;
-        if (to && threadIdx.x == 0) to[blockIdx.x] = v;
-    }
+// out[h] = sum over the rows of part[rows][3 H] of column h + skip: one block a head.
+KERNEL ssd_total(const float* part, float* out, int rows, int stride, int skip) {
+    float s = 0;
+    for (int i = threadIdx.x; i < rows; i += blockDim.x) s += part[(i64)i * stride + skip + blockIdx.x];
+    s = block_sum(s);
+    if (threadIdx.x == 0) out[blockIdx.x] = s;
 }
 #endif

@@ -5,9 +5,7 @@
 //! states after each tile, then all gradients of a tile in one block, heads one after the other. Everything else goes token by token; its
 //! backward is three more runs of the same recurrence and a sum over time. All sums are in a fixed order.
 
-use crate::record::{
-    Args, DType, Param, Recorder, THREADS, Target, Tensor, define, flag, int, long, over,
-};
+use crate::record::{Args, DType, Param, Recorder, THREADS, Tensor, define, flag, int, long, over};
 use crate::reduce::sum_parts;
 
 /// Threads of a block of the recurrence.
@@ -96,8 +94,7 @@ fn steps(r: &mut Recorder, a: &Args, s: &Shape, limit: (f32, f32)) -> (Tensor, T
 /// `y`, then `state` or `saved`, of `x, dt, a, b, c, d?, dt_bias?, pos?, state?`.
 pub fn ssd(r: &mut Recorder, a: &Args, chunk: usize, limit: (f32, f32)) {
     let s = Shape::of(a);
-    let typed = [a.arg(0), a.arg(3), a.arg(4), a.res(0)];
-    if let Some(tiled) = Tiled::of(r.target(), a, &s, chunk, &typed) {
+    if let Some(tiled) = Tiled::of(a, &s, chunk, &[a.arg(0), a.arg(3), a.arg(4), a.res(0)]) {
         return tiled.forward(r, a, limit);
     }
     let (dts, decay) = steps(r, a, &s, limit);
@@ -136,7 +133,7 @@ pub fn ssd_bwd(r: &mut Recorder, a: &Args, chunk: usize, limit: (f32, f32)) {
     let (x, d, dy) = (a.arg(0), a.arg(5), a.arg(9));
     let (b, c) = (a.arg(3), a.arg(4));
     let typed = [x, b, c, dy, a.res(0), a.res(3), a.res(4)];
-    if let Some(tiled) = Tiled::of(r.target(), a, &s, chunk, &typed) {
+    if let Some(tiled) = Tiled::of(a, &s, chunk, &typed) {
         return tiled.backward(r, a, limit);
     }
     let (dts, decay) = steps(r, a, &s, limit);
@@ -267,8 +264,6 @@ struct Tiled {
     ps: usize,
     slice: usize,
     rows: usize,
-    /// Whether a warpgroup walks with 64 rows (sm_90a).
-    crew: bool,
     defines: Vec<(String, String)>,
 }
 
@@ -282,24 +277,21 @@ struct Steps {
 
 impl Tiled {
     /// `None` when the op goes token by token.
-    fn of(target: Target, a: &Args, s: &Shape, chunk: usize, typed: &[&Tensor]) -> Option<Tiled> {
+    fn of(a: &Args, s: &Shape, chunk: usize, typed: &[&Tensor]) -> Option<Tiled> {
         let fits = typed.iter().all(|t| t.dtype == DType::Bf16);
         if !fits || s.n > 256 || s.t < 16 || chunk < s.t.min(16) {
             return None;
         }
         let nn = s.n.next_power_of_two().max(64);
         let (q, block_rows) = if nn > 128 { (32, 64) } else { (64, 128) };
-        // A warpgroup to 64 rows, where there are such and their tiles fit.
-        let crew = target.hopper && q == 64 && target.shared >= 200 << 10;
-        let narrow = if crew || (s.p > 32 && s.p <= 64) {
-            64
-        } else if s.p <= 32 {
+        let narrow = if s.p <= 32 {
             32
+        } else if s.p <= 64 {
+            64
         } else {
             block_rows
         };
-        let pair =
-            2 * narrow <= block_rows && s.p <= block_rows / 2 && (s.h / s.g).is_multiple_of(2);
+        let pair = 2 * narrow <= block_rows && (s.h / s.g).is_multiple_of(2);
         let heads = if pair { 2 } else { 1 };
         let ps = narrow.max(64 / heads);
         let slice = if s.p <= 32 && q == 64 { 32 } else { 64 };
@@ -319,9 +311,6 @@ impl Tiled {
             define("HEADS", heads),
             define("R", heads * ps),
         ]);
-        if crew {
-            defines.push(define("WG", 1));
-        }
         Some(Tiled {
             s: Shape { ..*s },
             chunk,
@@ -333,7 +322,6 @@ impl Tiled {
             ps,
             slice,
             rows,
-            crew,
             defines,
         })
     }
@@ -351,10 +339,9 @@ impl Tiled {
     /// Parts of time and the chunks of each.
     fn parts(&self) -> (usize, usize) {
         let blocks = self.own() * self.s.b;
-        let full = if self.crew { FULL / 2 } else { FULL };
         let parts = match blocks {
             0 | 100.. => 1,
-            _ => (full / blocks).clamp(1, self.chunks),
+            _ => (FULL / blocks).clamp(1, self.chunks),
         };
         let each = self.chunks.div_ceil(parts).max(1);
         (self.chunks.div_ceil(each), each)
@@ -394,29 +381,12 @@ impl Tiled {
         steps
     }
 
-    /// Threads of a block that walks: a warpgroup a head and one that brings what they read, or [`WALKERS`].
-    fn walkers(&self) -> usize {
-        if self.crew {
-            (self.heads + 1) * 128
-        } else {
-            WALKERS
-        }
-    }
-
-    /// Shared memory of a warpgroups' block whose heads hold `own` planes of [64 64] each, with `streams` tiles of b or c in flight.
-    fn crew_shared(&self, streams: usize, own: usize) -> usize {
-        let plane = 64 * 64 * 2;
-        let stage = (streams * self.nn / 64 + self.heads) * plane;
-        1024 + 2 * (stage + self.scalars()) + self.heads * (self.nn / 64 + own) * plane
-    }
-
     /// Bytes of cum, key and first of a walk.
     fn scalars(&self) -> usize {
         (2 * self.heads + 1) * self.q * 4
     }
 
-    /// States alone: `init`, of which there are `init_all` a batch, every `init_step`th of them a part's; then where each part ends, the
-    /// parts' decays and the states at each tile.
+    /// States alone: `init`, then where each part ends, the parts' decays and the states at each tile.
     fn walk(
         &self,
         r: &mut Recorder,
@@ -424,28 +394,23 @@ impl Tiled {
         (u, v): (&Tensor, &Tensor),
         steps: &Steps,
         (parts, each): (usize, usize),
-        (init_all, init_step): (usize, usize),
         states: [&Tensor; 4],
     ) {
         let block_rows = self.heads * self.ps;
         let tile = (self.nn + block_rows) * self.q * 2;
-        let shared = if self.crew {
-            self.crew_shared(1, 1)
-        } else {
-            2 * (tile + self.scalars()) + block_rows * self.nn * 2
-        };
+        let shared = 2 * (tile + self.scalars()) + block_rows * self.nn * 2;
         let mut params: Vec<Param> = [u, v, &steps.cum, &steps.key, &steps.first]
             .into_iter()
             .chain(states)
             .map(Param::from)
             .collect();
         params.extend(self.sizes());
-        params.extend([int(each), int(self.rows), int(init_all), int(init_step)]);
+        params.extend([int(each), int(self.rows)]);
         r.launch_shared(
             ("ssd", name),
             self.defines.clone(),
             [self.own(), parts, self.s.b],
-            self.walkers(),
+            WALKERS,
             shared,
             params,
         );
@@ -469,7 +434,7 @@ impl Tiled {
         let ends = r.scratch(DType::F32, s.b * parts * s.h * s.p * s.n);
         let total = r.scratch(DType::F32, s.b * parts * s.h);
         let states = [&absent, &ends, &total, &absent];
-        self.walk(r, name, inputs, steps, (parts, each), (parts, 1), states);
+        self.walk(r, name, inputs, steps, (parts, each), states);
         r.launch(
             ("ssd", "ssd_join"),
             self.defines.clone(),
@@ -500,12 +465,8 @@ impl Tiled {
         let start = self.starts(r, "ssd_states", (x, b), &steps, state);
         let (parts, each) = self.parts();
         let block_rows = self.heads * self.ps;
-        let shared = if self.crew {
-            self.crew_shared(2, 2)
-        } else {
-            2 * ((self.nn + block_rows) * self.q * 2 + self.scalars())
-                + (self.nn + self.heads * self.q) * self.q * 2
-        };
+        let shared = 2 * ((self.nn + block_rows) * self.q * 2 + self.scalars())
+            + (self.nn + self.heads * self.q) * self.q * 2;
         let mut params = vec![
             x.into(),
             b.into(),
@@ -525,20 +486,10 @@ impl Tiled {
             ("ssd", "ssd_tiles"),
             self.defines.clone(),
             [self.own(), parts, self.s.b],
-            self.walkers(),
+            WALKERS,
             shared,
             params,
         );
-    }
-
-    /// Shared memory of a block of `ssd_grads` without stages, and that of a stage.
-    fn grads_shared(&self) -> (usize, usize) {
-        let (token, state) = (self.q * self.slice * 2, self.slice * self.nn * 2);
-        let m_tiles = self.q / 16;
-        let warps = GRADERS / 32;
-        let sums = ((3 * m_tiles + 4 + warps / m_tiles) * self.q + 2 * warps) * 4;
-        let fixed = (self.nn + self.q) * self.q * 2 + token + (8 + 1) * self.q * 4 + 2 * sums;
-        (fixed, 2 * (token + state))
     }
 
     fn backward(&self, r: &mut Recorder, a: &Args, limit: (f32, f32)) {
@@ -549,30 +500,12 @@ impl Tiled {
         let tiles = s.b * self.tiles;
         let len = tiles * s.h * self.rows * self.nn;
         let (states, dstates) = (r.scratch(DType::Bf16, len), r.scratch(DType::Bf16, len));
-        // From the saved state where a part begins; those between are made again on the way.
-        let (parts, each) = self.parts();
+        let by_chunk = (self.chunks, 1);
         let from_saved = [a.arg(8), &absent, &absent, &states];
-        let spread = (self.chunks, each);
-        self.walk(
-            r,
-            "ssd_states",
-            (x, b),
-            &steps,
-            (parts, each),
-            spread,
-            from_saved,
-        );
+        self.walk(r, "ssd_states", (x, b), &steps, by_chunk, from_saved);
         let end = self.starts(r, "ssd_dstates", (dy, c), &steps, &absent);
         let from_end = [&end, &absent, &absent, &dstates];
-        self.walk(
-            r,
-            "ssd_dstates",
-            (dy, c),
-            &steps,
-            (parts, each),
-            (parts, 1),
-            from_end,
-        );
+        self.walk(r, "ssd_dstates", (dy, c), &steps, self.parts(), from_end);
         let blocks = tiles * s.g;
         let splits = match blocks {
             0 | 132.. => 1,
@@ -585,7 +518,12 @@ impl Tiled {
             r.scratch(DType::F32, part_len),
         );
         let part = r.scratch(DType::F32, tiles * 3 * s.h);
-        let (fixed, stage) = self.grads_shared();
+        let (token, state) = (self.q * self.slice * 2, self.slice * self.nn * 2);
+        let stage = 2 * (token + state);
+        let m_tiles = self.q / 16;
+        let warps = GRADERS / 32;
+        let sums = ((3 * m_tiles + 4 + warps / m_tiles) * self.q + 2 * warps) * 4;
+        let fixed = (self.nn + self.q) * self.q * 2 + token + (8 + 1) * self.q * 4 + 2 * sums;
         let stages = if fixed + 2 * stage <= r.target().shared {
             2
         } else {
@@ -629,25 +567,27 @@ impl Tiled {
                 );
             }
         }
-        let absent = Tensor::ABSENT;
-        let dd = if d.is_present() { a.res(5) } else { &absent };
-        let dbias = match a.arg(6).is_present() {
-            true => a.res(5 + usize::from(d.is_present())),
-            false => &absent,
+        let total = |r: &mut Recorder, skip: usize, to: &Tensor| {
+            r.launch(
+                ("ssd", "ssd_total"),
+                self.defines.clone(),
+                [s.h, 1, 1],
+                THREADS,
+                vec![
+                    (&part).into(),
+                    to.into(),
+                    int(tiles),
+                    int(3 * s.h),
+                    int(skip * s.h),
+                ],
+            );
         };
-        r.launch(
-            ("ssd", "ssd_total"),
-            self.defines.clone(),
-            [s.h, 1, 1],
-            THREADS,
-            vec![
-                (&part).into(),
-                a.res(2).into(),
-                dbias.into(),
-                dd.into(),
-                int(tiles),
-                int(s.h),
-            ],
-        );
+        total(r, 0, a.res(2));
+        if d.is_present() {
+            total(r, 2, a.res(5));
+        }
+        if a.arg(6).is_present() {
+            total(r, 1, a.res(5 + usize::from(d.is_present())));
+        }
     }
 }
