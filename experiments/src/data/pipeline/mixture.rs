@@ -86,7 +86,7 @@ pub fn check_phases(phases: &[Phase], names: &[&str]) -> Result<Vec<Phase>, Data
 /// Where the stage stands.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MixtureState {
-    /// Per dataset: documents (or rows) drawn, tokens drawn, tokens drawn before the current phase. [`NONE_USABLE`] documents: the
+    /// Per dataset: documents (or rows) drawn, tokens drawn, tokens drawn before the current phase. `u64::MAX` documents: the
     /// dataset's shard was searched and has nothing usable.
     pub drawn: Vec<[u64; 3]>,
     /// Phase of the last document.
