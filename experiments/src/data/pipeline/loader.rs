@@ -96,10 +96,9 @@ pub struct Pipeline {
     valid: Vec<ValidSet>,
 }
 
-/// An evaluation set: of which dataset, and what is in it.
+/// An evaluation set and what is in it.
 #[derive(Clone)]
 struct ValidSet {
-    dataset: usize,
     set: EvalSet,
     rows: ValidRows,
 }
@@ -108,8 +107,8 @@ struct ValidSet {
 enum ValidRows {
     /// Rows of the dataset's kept documents.
     Packed(Vec<RowPlan>),
-    /// An evaluation set of the dataset's own, by index.
-    Generated(usize),
+    /// An evaluation set of a dataset of computed rows, by index.
+    Generated(Arc<dyn Rows>, usize),
 }
 
 impl Pipeline {
@@ -298,12 +297,11 @@ impl Pipeline {
                         let rest = set.name.strip_prefix(&rows.name());
                         let name = rest.map(|rest| format!("{}{rest}", d.name));
                         sets.push(ValidSet {
-                            dataset: i,
                             set: EvalSet {
                                 name: name.unwrap_or_else(|| format!("{}/{}", d.name, set.name)),
                                 ..set
                             },
-                            rows: ValidRows::Generated(own),
+                            rows: ValidRows::Generated(rows.clone(), own),
                         });
                     }
                     continue;
@@ -354,7 +352,6 @@ impl Pipeline {
                 });
             }
             sets.push(ValidSet {
-                dataset: i,
                 set: EvalSet {
                     name: format!("valid/{}", d.name),
                     rows: rows.len() as u64,
@@ -562,12 +559,11 @@ impl Loader for Pipeline {
             set,
             have: self.valid.len(),
         })?;
-        let plans = match (&valid.rows, &self.datasets[valid.dataset].source) {
-            (ValidRows::Packed(plans), _) => plans.as_slice(),
-            (ValidRows::Generated(own), Source::Rows(task)) => {
+        let plans = match &valid.rows {
+            ValidRows::Packed(plans) => plans,
+            ValidRows::Generated(task, own) => {
                 return batch_of(&**task, Split::Eval(*own), &valid.set, start, rows);
             }
-            (ValidRows::Generated(_), Source::Documents { .. }) => &[],
         };
         let start = (start as usize).min(plans.len());
         let plans = &plans[start..(start + rows).min(plans.len())];
