@@ -302,8 +302,10 @@ mod tests {
         match stem {
             "ssd" => &[
                 "",
-                "TILED GRADS VEC Q=64 NN=128 PS=64 HEADS=2 R=128 PP=64 STAGES=2",
-                "TILED GRADS VEC=0 Q=32 NN=256 PS=64 HEADS=1 R=64 PP=64 STAGES=1",
+                "TILED VEC Q=64 NN=128 PS=64 HEADS=2 R=128 WALKERS=128",
+                "TILED VEC=0 Q=32 NN=256 PS=64 HEADS=1 R=64 WALKERS=128",
+                "TILED GRADS VEC Q=64 NN=128 PS=64 HEADS=2 R=128 PP=64 STAGES=2 WALKERS=128 GRADERS=256",
+                "TILED GRADS VEC=0 Q=32 NN=256 PS=64 HEADS=1 R=64 PP=64 STAGES=1 WALKERS=128 GRADERS=256",
             ],
             "attention" => &["", "WARPS WHOLE P=256", "WARPS P=33"],
             "moe" => &["", "WARPS WHOLE", "WARPS"],
@@ -328,6 +330,12 @@ mod tests {
                 let tensor: &[&str] = match (stem, arch) {
                     ("attention", "sm_90a") => &["TENSOR P=80 SUMS", "TENSOR P=64", "TENSOR P=256"],
                     ("moe", "sm_90a") => &["TENSOR"],
+                    ("ssd", "sm_90a") => &[
+                        "TILED WG VEC Q=64 NN=128 PS=64 HEADS=2 R=128 WALKERS=384 TILE_STAGES=3 WALK_STAGES=4",
+                        "TILED WG VEC=0 Q=64 NN=64 PS=64 HEADS=1 R=64 WALKERS=256 TILE_STAGES=3 WALK_STAGES=4",
+                        "TILED WG GRADS VEC Q=64 NN=128 PS=64 HEADS=2 R=128 STAGES=3 WALKERS=384 GRADERS=384",
+                        "TILED WG GRADS VEC=0 Q=64 NN=64 PS=64 HEADS=1 R=64 STAGES=3 WALKERS=256 GRADERS=384",
+                    ],
                     _ => &[],
                 };
                 for form in forms(stem).iter().chain(tensor) {

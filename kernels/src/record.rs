@@ -439,8 +439,9 @@ pub(crate) fn define(name: &str, value: impl ToString) -> (String, String) {
     (name.to_string(), value.to_string())
 }
 
+/// Stems, and the parts of those whose source is more than one file.
 macro_rules! sources {
-    ($($stem:literal),* $(,)?) => {
+    ($($stem:literal $(: $($part:literal)+)?),* $(,)?) => {
         /// Stems with a source of their own.
         #[cfg(test)]
         pub(crate) const STEMS: &[&str] = &[$($stem),*];
@@ -448,7 +449,10 @@ macro_rules! sources {
         /// Source of a stem; empty for one without (pointwise sources are generated).
         pub(crate) fn source(stem: &str) -> &'static str {
             match stem {
-                $($stem => include_str!(concat!($stem, ".cu")),)*
+                $($stem => concat!(
+                    include_str!(concat!($stem, ".cu"))
+                    $($(, include_str!(concat!($stem, "/", $part, ".cu")))+)?
+                ),)*
                 _ => "",
             }
         }
@@ -473,7 +477,7 @@ sources![
     "rope",
     "route",
     "selective_scan",
-    "ssd",
+    "ssd": "tiles" "walks_hopper" "walks" "grads_hopper" "grads",
     "stat",
     "view",
 ];

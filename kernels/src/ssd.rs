@@ -5,7 +5,9 @@
 //! states after each tile, then all gradients of a tile in one block, heads one after the other. Everything else goes token by token; its
 //! backward is three more runs of the same recurrence and a sum over time. All sums are in a fixed order.
 
-use crate::record::{Args, DType, Param, Recorder, THREADS, Tensor, define, flag, int, long, over};
+use crate::record::{
+    Args, DType, Param, Recorder, THREADS, Target, Tensor, define, flag, int, long, over,
+};
 use crate::reduce::sum_parts;
 
 /// Threads of a block of the recurrence.
@@ -94,7 +96,8 @@ fn steps(r: &mut Recorder, a: &Args, s: &Shape, limit: (f32, f32)) -> (Tensor, T
 /// `y`, then `state` or `saved`, of `x, dt, a, b, c, d?, dt_bias?, pos?, state?`.
 pub fn ssd(r: &mut Recorder, a: &Args, chunk: usize, limit: (f32, f32)) {
     let s = Shape::of(a);
-    if let Some(tiled) = Tiled::of(a, &s, chunk, &[a.arg(0), a.arg(3), a.arg(4), a.res(0)]) {
+    let typed = [a.arg(0), a.arg(3), a.arg(4), a.res(0)];
+    if let Some(tiled) = Tiled::of(r.target(), a, &s, chunk, &typed) {
         return tiled.forward(r, a, limit);
     }
     let (dts, decay) = steps(r, a, &s, limit);
@@ -133,7 +136,7 @@ pub fn ssd_bwd(r: &mut Recorder, a: &Args, chunk: usize, limit: (f32, f32)) {
     let (x, d, dy) = (a.arg(0), a.arg(5), a.arg(9));
     let (b, c) = (a.arg(3), a.arg(4));
     let typed = [x, b, c, dy, a.res(0), a.res(3), a.res(4)];
-    if let Some(tiled) = Tiled::of(a, &s, chunk, &typed) {
+    if let Some(tiled) = Tiled::of(r.target(), a, &s, chunk, &typed) {
         return tiled.backward(r, a, limit);
     }
     let (dts, decay) = steps(r, a, &s, limit);
@@ -264,6 +267,12 @@ struct Tiled {
     ps: usize,
     slice: usize,
     rows: usize,
+    /// Whether a warpgroup walks with 64 rows (sm_90a).
+    crew: bool,
+    /// Threads of a block that walks: with warpgroups one a head and one that brings what they read.
+    walkers: usize,
+    /// Shared memory of a block that makes outputs, and of one that makes states alone.
+    shared: [usize; 2],
     defines: Vec<(String, String)>,
 }
 
@@ -277,24 +286,31 @@ struct Steps {
 
 impl Tiled {
     /// `None` when the op goes token by token.
-    fn of(a: &Args, s: &Shape, chunk: usize, typed: &[&Tensor]) -> Option<Tiled> {
+    fn of(target: Target, a: &Args, s: &Shape, chunk: usize, typed: &[&Tensor]) -> Option<Tiled> {
         let fits = typed.iter().all(|t| t.dtype == DType::Bf16);
         if !fits || s.n > 256 || s.t < 16 || chunk < s.t.min(16) {
             return None;
         }
         let nn = s.n.next_power_of_two().max(64);
         let (q, block_rows) = if nn > 128 { (32, 64) } else { (64, 128) };
-        let narrow = if s.p <= 32 {
-            32
-        } else if s.p <= 64 {
+        // A warpgroup to 64 rows, where there are such and their tiles fit.
+        let crew = target.hopper && q == 64 && target.shared >= 200 << 10;
+        let narrow = if crew || (s.p > 32 && s.p <= 64) {
             64
+        } else if s.p <= 32 {
+            32
         } else {
             block_rows
         };
-        let pair = 2 * narrow <= block_rows && (s.h / s.g).is_multiple_of(2);
+        let pair =
+            2 * narrow <= block_rows && s.p <= block_rows / 2 && (s.h / s.g).is_multiple_of(2);
         let heads = if pair { 2 } else { 1 };
         let ps = narrow.max(64 / heads);
-        let slice = if s.p <= 32 && q == 64 { 32 } else { 64 };
+        let slice = if s.p <= 32 && q == 64 && !crew {
+            32
+        } else {
+            64
+        };
         let rows = s.p.next_multiple_of(slice);
         let chunks = s.t.div_ceil(chunk);
         let vector = s.p.is_multiple_of(8)
@@ -311,7 +327,9 @@ impl Tiled {
             define("HEADS", heads),
             define("R", heads * ps),
         ]);
-        Some(Tiled {
+        let walkers = if crew { (heads + 1) * 128 } else { WALKERS };
+        defines.push(define("WALKERS", walkers));
+        let mut tiled = Tiled {
             s: Shape { ..*s },
             chunk,
             chunks,
@@ -322,8 +340,33 @@ impl Tiled {
             ps,
             slice,
             rows,
+            crew,
+            walkers,
+            shared: [0; 2],
             defines,
-        })
+        };
+        tiled.shared = match crew {
+            true => {
+                // b and c of a tile, its rows for outputs and with weights; one of them, and its rows with weights.
+                let (tiles, tiles_shared) = tiled.crew_shared(target.shared, (2, 2), 3);
+                let (walk, walk_shared) = tiled.crew_shared(target.shared, (1, 1), 4);
+                tiled.defines.extend([
+                    define("WG", 1),
+                    define("TILE_STAGES", tiles),
+                    define("WALK_STAGES", walk),
+                ]);
+                [tiles_shared, walk_shared]
+            }
+            false => {
+                let block_rows = heads * ps;
+                let stages = 2 * ((nn + block_rows) * q * 2 + tiled.scalars());
+                [
+                    stages + (nn + heads * q) * q * 2,
+                    stages + block_rows * nn * 2,
+                ]
+            }
+        };
+        Some(tiled)
     }
 
     fn sizes(&self) -> [Param; 6] {
@@ -339,9 +382,10 @@ impl Tiled {
     /// Parts of time and the chunks of each.
     fn parts(&self) -> (usize, usize) {
         let blocks = self.own() * self.s.b;
+        let full = if self.crew { FULL / 2 } else { FULL };
         let parts = match blocks {
             0 | 100.. => 1,
-            _ => (FULL / blocks).clamp(1, self.chunks),
+            _ => (full / blocks).clamp(1, self.chunks),
         };
         let each = self.chunks.div_ceil(parts).max(1);
         (self.chunks.div_ceil(each), each)
@@ -381,12 +425,29 @@ impl Tiled {
         steps
     }
 
+    /// Stages of a warpgroups' walk, at most so many, and its shared memory: each stage holds `streams` tiles of b or c, a tile of each
+    /// head's rows and its numbers; each head holds the state and `own` planes of [64 64] more.
+    fn crew_shared(
+        &self,
+        room: usize,
+        (streams, own): (usize, usize),
+        most: usize,
+    ) -> (usize, usize) {
+        let plane = 64 * 64 * 2;
+        let stage = (streams * self.nn / 64 + self.heads) * plane + self.scalars();
+        // What aligns the first plane, and barriers.
+        let fixed = 1024 + 128 + self.heads * (self.nn / 64 + own) * plane;
+        let stages = (room.saturating_sub(fixed) / stage).clamp(2, most);
+        (stages, fixed + stages * stage)
+    }
+
     /// Bytes of cum, key and first of a walk.
     fn scalars(&self) -> usize {
         (2 * self.heads + 1) * self.q * 4
     }
 
-    /// States alone: `init`, then where each part ends, the parts' decays and the states at each tile.
+    /// States alone: `init`, of which there are `init_all` a batch, every `init_step`th of them a part's; then where each part ends, the
+    /// parts' decays and the states at each tile.
     fn walk(
         &self,
         r: &mut Recorder,
@@ -394,24 +455,22 @@ impl Tiled {
         (u, v): (&Tensor, &Tensor),
         steps: &Steps,
         (parts, each): (usize, usize),
+        (init_all, init_step): (usize, usize),
         states: [&Tensor; 4],
     ) {
-        let block_rows = self.heads * self.ps;
-        let tile = (self.nn + block_rows) * self.q * 2;
-        let shared = 2 * (tile + self.scalars()) + block_rows * self.nn * 2;
         let mut params: Vec<Param> = [u, v, &steps.cum, &steps.key, &steps.first]
             .into_iter()
             .chain(states)
             .map(Param::from)
             .collect();
         params.extend(self.sizes());
-        params.extend([int(each), int(self.rows)]);
+        params.extend([int(each), int(self.rows), int(init_all), int(init_step)]);
         r.launch_shared(
             ("ssd", name),
             self.defines.clone(),
             [self.own(), parts, self.s.b],
-            WALKERS,
-            shared,
+            self.walkers,
+            self.shared[1],
             params,
         );
     }
@@ -434,7 +493,7 @@ impl Tiled {
         let ends = r.scratch(DType::F32, s.b * parts * s.h * s.p * s.n);
         let total = r.scratch(DType::F32, s.b * parts * s.h);
         let states = [&absent, &ends, &total, &absent];
-        self.walk(r, name, inputs, steps, (parts, each), states);
+        self.walk(r, name, inputs, steps, (parts, each), (parts, 1), states);
         r.launch(
             ("ssd", "ssd_join"),
             self.defines.clone(),
@@ -464,9 +523,6 @@ impl Tiled {
         let (x, b) = (a.arg(0), a.arg(3));
         let start = self.starts(r, "ssd_states", (x, b), &steps, state);
         let (parts, each) = self.parts();
-        let block_rows = self.heads * self.ps;
-        let shared = 2 * ((self.nn + block_rows) * self.q * 2 + self.scalars())
-            + (self.nn + self.heads * self.q) * self.q * 2;
         let mut params = vec![
             x.into(),
             b.into(),
@@ -486,10 +542,27 @@ impl Tiled {
             ("ssd", "ssd_tiles"),
             self.defines.clone(),
             [self.own(), parts, self.s.b],
-            WALKERS,
-            shared,
+            self.walkers,
+            self.shared[0],
             params,
         );
+    }
+
+    /// Threads of a block of `ssd_grads`, its shared memory without stages, and that of a stage.
+    fn grads_shared(&self) -> (usize, usize, usize) {
+        if self.crew {
+            let plane = 64 * 64 * 2;
+            // Tiles of b and c, two of m and three of rows; steps and sums of four heads, and where documents begin.
+            let fixed =
+                1024 + (2 * self.nn / 64 + 5) * plane + ((4 * 3 + 4 * 2 + 1) * self.q + 4 * 12) * 4;
+            return (GRADERS + 128, fixed, (2 + 2 * self.nn / 64) * plane);
+        }
+        let (token, state) = (self.q * self.slice * 2, self.slice * self.nn * 2);
+        let m_tiles = self.q / 16;
+        let warps = GRADERS / 32;
+        let sums = ((3 * m_tiles + 4 + warps / m_tiles) * self.q + 2 * warps) * 4;
+        let fixed = (self.nn + self.q) * self.q * 2 + token + (8 + 1) * self.q * 4 + 2 * sums;
+        (GRADERS, fixed, 2 * (token + state))
     }
 
     fn backward(&self, r: &mut Recorder, a: &Args, limit: (f32, f32)) {
@@ -500,12 +573,30 @@ impl Tiled {
         let tiles = s.b * self.tiles;
         let len = tiles * s.h * self.rows * self.nn;
         let (states, dstates) = (r.scratch(DType::Bf16, len), r.scratch(DType::Bf16, len));
-        let by_chunk = (self.chunks, 1);
+        // From the saved state where a part begins; those between are made again on the way.
+        let (parts, each) = self.parts();
         let from_saved = [a.arg(8), &absent, &absent, &states];
-        self.walk(r, "ssd_states", (x, b), &steps, by_chunk, from_saved);
+        let spread = (self.chunks, each);
+        self.walk(
+            r,
+            "ssd_states",
+            (x, b),
+            &steps,
+            (parts, each),
+            spread,
+            from_saved,
+        );
         let end = self.starts(r, "ssd_dstates", (dy, c), &steps, &absent);
         let from_end = [&end, &absent, &absent, &dstates];
-        self.walk(r, "ssd_dstates", (dy, c), &steps, self.parts(), from_end);
+        self.walk(
+            r,
+            "ssd_dstates",
+            (dy, c),
+            &steps,
+            (parts, each),
+            (parts, 1),
+            from_end,
+        );
         let blocks = tiles * s.g;
         let splits = match blocks {
             0 | 132.. => 1,
@@ -518,26 +609,30 @@ impl Tiled {
             r.scratch(DType::F32, part_len),
         );
         let part = r.scratch(DType::F32, tiles * 3 * s.h);
-        let (token, state) = (self.q * self.slice * 2, self.slice * self.nn * 2);
-        let stage = 2 * (token + state);
-        let m_tiles = self.q / 16;
-        let warps = GRADERS / 32;
-        let sums = ((3 * m_tiles + 4 + warps / m_tiles) * self.q + 2 * warps) * 4;
-        let fixed = (self.nn + self.q) * self.q * 2 + token + (8 + 1) * self.q * 4 + 2 * sums;
-        let stages = if fixed + 2 * stage <= r.target().shared {
-            2
-        } else {
-            1
+        let (threads, fixed, stage) = self.grads_shared();
+        let stages = match r.target().shared {
+            s if self.crew && fixed + 3 * stage <= s => 3,
+            s if fixed + 2 * stage <= s => 2,
+            _ => 1,
         };
         let mut defines = self.defines.clone();
         defines.extend([
             define("GRADS", 1),
             define("PP", self.slice),
             define("STAGES", stages),
+            define("GRADERS", threads),
         ]);
         let mut params: Vec<Param> = [x, a.arg(2), b, c, d, dy, &steps.dts, &steps.cum]
             .into_iter()
-            .chain([&steps.first, &states, &dstates, a.res(0), a.res(1), &part])
+            .chain([
+                &steps.key,
+                &steps.first,
+                &states,
+                &dstates,
+                a.res(0),
+                a.res(1),
+                &part,
+            ])
             .chain([a.res(3), a.res(4), &db_part, &dc_part])
             .map(Param::from)
             .collect();
@@ -552,7 +647,7 @@ impl Tiled {
             ("ssd", "ssd_grads"),
             defines.clone(),
             [self.tiles, s.g * splits, s.b],
-            GRADERS,
+            threads,
             fixed + stages * stage,
             params,
         );
@@ -567,27 +662,25 @@ impl Tiled {
                 );
             }
         }
-        let total = |r: &mut Recorder, skip: usize, to: &Tensor| {
-            r.launch(
-                ("ssd", "ssd_total"),
-                self.defines.clone(),
-                [s.h, 1, 1],
-                THREADS,
-                vec![
-                    (&part).into(),
-                    to.into(),
-                    int(tiles),
-                    int(3 * s.h),
-                    int(skip * s.h),
-                ],
-            );
+        let absent = Tensor::ABSENT;
+        let dd = if d.is_present() { a.res(5) } else { &absent };
+        let dbias = match a.arg(6).is_present() {
+            true => a.res(5 + usize::from(d.is_present())),
+            false => &absent,
         };
-        total(r, 0, a.res(2));
-        if d.is_present() {
-            total(r, 2, a.res(5));
-        }
-        if a.arg(6).is_present() {
-            total(r, 1, a.res(5 + usize::from(d.is_present())));
-        }
+        r.launch(
+            ("ssd", "ssd_total"),
+            self.defines.clone(),
+            [s.h, 1, 1],
+            THREADS,
+            vec![
+                (&part).into(),
+                a.res(2).into(),
+                dbias.into(),
+                dd.into(),
+                int(tiles),
+                int(s.h),
+            ],
+        );
     }
 }

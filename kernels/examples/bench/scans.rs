@@ -13,10 +13,20 @@ struct Ssd {
     p: usize,
     g: usize,
     n: usize,
+    /// Tokens of a document; 0: nothing is said about documents.
+    document: usize,
 }
 
 fn mamba2(s: Ssd) -> Graph {
-    let Ssd { b, t, h, p, g, n } = s;
+    let Ssd {
+        b,
+        t,
+        h,
+        p,
+        g,
+        n,
+        document,
+    } = s;
     let chunk = 256;
     let limit = (0.0, f32::INFINITY);
     let mut x = Graph::default();
@@ -28,6 +38,10 @@ fn mamba2(s: Ssd) -> Graph {
     let d = x.single(&[h], 1.0, 0.0);
     // Steps of about 0.02, as models start with.
     let bias = x.value(&[h], -4.0);
+    let pos = (document > 0).then(|| {
+        let at = (0..b * t).map(|i| (i % t % document) as i32).collect();
+        x.ints(&[b, t], at)
+    });
     let dy = x.noise(&wide, 1.0);
     let y = x.result(&wide);
     let saved = x.result_of(&[b, t.div_ceil(chunk), h, p, n], DType::F32);
@@ -54,7 +68,7 @@ fn mamba2(s: Ssd) -> Graph {
         Some(cm),
         Some(d),
         Some(bias),
-        None,
+        pos,
     ];
     x.stage(
         "forward",
@@ -165,6 +179,7 @@ pub(crate) fn cases() -> Vec<Case> {
         p: 64,
         g: 1,
         n: 128,
+        document: 0,
     };
     let small = Ssd {
         b: 1,
@@ -174,6 +189,13 @@ pub(crate) fn cases() -> Vec<Case> {
     };
     let scans = [
         ("B4 T4096 128x64 N128", base),
+        (
+            "B4 T4096 128x64 N128 documents of 1000",
+            Ssd {
+                document: 1000,
+                ..base
+            },
+        ),
         ("B4 T4096 64x64 N128", Ssd { h: 64, ..base }),
         (
             "B1 T32768 64x64 N128",
@@ -190,7 +212,10 @@ pub(crate) fn cases() -> Vec<Case> {
         .map(|(name, s)| Case {
             name: format!("ssd {name}"),
             timed: mamba2(s),
-            checked: vec![mamba2(small)],
+            checked: vec![mamba2(Ssd {
+                document: s.document.min(150),
+                ..small
+            })],
         })
         .collect();
     out.push(Case {

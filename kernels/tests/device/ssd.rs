@@ -185,7 +185,10 @@ fn sizes([b, t, h, p, g, n, chunk]: [usize; 7]) -> Sizes {
 
 #[test]
 fn mamba2_in_tiles() {
-    in_tiles(&[(sizes([2, 150, 4, 64, 1, 128, 128]), false, 0.0)]);
+    in_tiles(&[
+        (sizes([2, 150, 4, 64, 1, 128, 128]), false, 0.0),
+        (sizes([1, 320, 6, 64, 1, 128, 256]), true, 0.0),
+    ]);
 }
 
 #[test]
@@ -198,6 +201,15 @@ fn mamba2_in_small_tiles() {
     in_tiles(&[
         (sizes([2, 75, 3, 5, 1, 21, 16]), true, 0.0),
         (sizes([1, 90, 4, 32, 2, 64, 256]), true, 0.0),
+    ]);
+}
+
+/// So many heads that a block takes several of them one after the other.
+#[test]
+fn mamba2_in_tiles_of_many_heads() {
+    in_tiles(&[
+        (sizes([4, 130, 96, 8, 1, 16, 64]), false, 0.0),
+        (sizes([2, 129, 100, 72, 1, 24, 64]), true, 0.0),
     ]);
 }
 
@@ -236,8 +248,20 @@ fn in_tiles(shapes: &[(Sizes, bool, f64)]) {
                 .iter()
                 .map(|x| -0.1 - x.abs() / 2.0)
                 .collect();
+            // Documents begin in and at the ends of tiles, one right after another, and elsewhere in each row.
             let pos = match documents {
-                true => positions(b, t),
+                true => {
+                    let begins = [0, 5, 6, 15, 16, 63, 64, 100, 150, 200, 256, 300];
+                    let first = |i: usize| (i % t) as i32 - (i / t) as i32;
+                    let since = |p: i32| {
+                        begins
+                            .iter()
+                            .filter(|&&f| f <= p)
+                            .max()
+                            .map_or(1, |f| p - f)
+                    };
+                    I(vec![b, t], (0..b * t).map(|i| since(first(i))).collect())
+                }
                 false => No,
             };
             let args = [
