@@ -20,16 +20,6 @@ const MODEL: &str = r#"(
     layout: ( mixer: ["m2", "attn", "m1", "gdn"], ffn: ["mlp", "moe", "mlp", "mlp"] ),
 )"#;
 
-/// The same without the mixer whose backward pass adds in an order that the device decides.
-fn fixed_order() -> Valid<Run> {
-    let mut lines: Vec<&str> = MODEL.lines().collect();
-    lines.retain(|line| !line.contains("GatedDeltaNet"));
-    let model = lines
-        .join("\n")
-        .replace("\"m1\", \"gdn\"]", "\"m1\", \"m1\"]");
-    of(&model, "F32", true)
-}
-
 fn run(precision: &str) -> Valid<Run> {
     of(MODEL, precision, false)
 }
@@ -72,6 +62,20 @@ fn losses(run: &Run, steps: usize, engine: Box<dyn Engine>) -> Vec<f64> {
         .collect()
 }
 
+fn on_the_cpu(run: &Run, steps: usize) -> Vec<f64> {
+    let engine = engine::open(marimba_dsl::run::Backend::Cpu, 4).expect("a cpu");
+    losses(run, steps, engine)
+}
+
+/// Relative distances of the means over 20 steps each.
+fn apart_in_means(a: &[f64], b: &[f64]) -> Vec<f64> {
+    let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
+    let windows = a.chunks(20).zip(b.chunks(20));
+    windows
+        .map(|(a, b)| (mean(a) - mean(b)).abs() / mean(b))
+        .collect()
+}
+
 /// Largest relative distance of two curves.
 fn apart(a: &[f64], b: &[f64]) -> f64 {
     assert_eq!(a.len(), b.len());
@@ -79,30 +83,50 @@ fn apart(a: &[f64], b: &[f64]) -> f64 {
     each.fold(0.0, f64::max)
 }
 
-/// Two orders of summation drift apart as training goes on; at the start they must agree to the last few bits of f32.
+/// Two orders of summation differ in the last bits of f32 until, in this model after some fifty steps, a token between two experts goes to
+/// another one; from there on single losses part, and what is learned must not.
 #[test]
 fn two_hundred_steps_walk_as_on_the_cpu() {
     let run = run("F32");
     let Some(gpu) = gpu(&run, 200, true) else {
         return;
     };
-    let cpu = losses(
-        &run,
-        200,
-        engine::open(marimba_dsl::run::Backend::Cpu, 4).expect("a cpu"),
-    );
-    let (start, all) = (apart(&gpu[..10], &cpu[..10]), apart(&gpu, &cpu));
+    let cpu = on_the_cpu(&run, 200);
+    let (start, windows) = (apart(&gpu[..30], &cpu[..30]), apart_in_means(&gpu, &cpu));
     eprintln!(
-        "first 10 steps {start:.1e}, 200 steps {all:.1e} apart; losses {} to {}",
+        "first 30 steps {start:.1e} apart, means of 20 steps {windows:.4?}; losses {} to {}",
         cpu[0], cpu[199]
     );
     assert!(
-        start < 1e-5,
+        start < 1e-6,
         "{:?} on cuda, {:?} on cpu",
-        &gpu[..10],
-        &cpu[..10]
+        &gpu[..30],
+        &cpu[..30]
     );
-    assert!(all < 2e-2, "{gpu:?} on cuda, {cpu:?} on cpu");
+    assert!(
+        windows.iter().all(|d| *d < 1e-2),
+        "{gpu:?} on cuda, {cpu:?} on cpu"
+    );
+    assert!(cpu[199] < 0.9 * cpu[0], "nothing was learned: {cpu:?}");
+}
+
+/// Without experts nothing is chosen, and every loss stays near.
+#[test]
+fn two_hundred_steps_without_experts_stay_near_the_cpu() {
+    let dense = MODEL
+        .replace(", \"moe\": Moe(n_experts: 4, top_k: 2, d_ff: 32)", "")
+        .replace("\"moe\", ", "\"mlp\", ");
+    let run = of(&dense, "F32", false);
+    let Some(gpu) = gpu(&run, 200, true) else {
+        return;
+    };
+    let cpu = on_the_cpu(&run, 200);
+    let all = apart(&gpu, &cpu);
+    eprintln!(
+        "200 steps {all:.1e} apart; losses {} to {}",
+        cpu[0], cpu[199]
+    );
+    assert!(all < 1e-3, "{gpu:?} on cuda, {cpu:?} on cpu");
     assert!(cpu[199] < 0.9 * cpu[0], "nothing was learned: {cpu:?}");
 }
 
@@ -124,11 +148,7 @@ fn bf16_descends_as_f32_does() {
     let (Some(wide), Some(narrow)) = (gpu(&wide, 200, true), gpu(&narrow, 200, true)) else {
         return;
     };
-    let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
-    let windows = wide.chunks(20).zip(narrow.chunks(20));
-    let d: Vec<f64> = windows
-        .map(|(w, n)| (mean(n) - mean(w)).abs() / mean(w))
-        .collect();
+    let d = apart_in_means(&narrow, &wide);
     eprintln!(
         "means of 20 steps apart by {d:.4?}; losses {} to {} in f32, {} in bf16",
         wide[0], wide[199], narrow[199]
@@ -159,11 +179,7 @@ fn fp8_descends_as_bf16_does() {
     let (Some(bf16), Some(fp8)) = (gpu(&bf16, 200, true), gpu(&fp8, 200, true)) else {
         return;
     };
-    let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
-    let windows = bf16.chunks(20).zip(fp8.chunks(20));
-    let d: Vec<f64> = windows
-        .map(|(b, f)| (mean(f) - mean(b)).abs() / mean(b))
-        .collect();
+    let d = apart_in_means(&fp8, &bf16);
     eprintln!(
         "means of 20 steps apart by {d:.4?}; losses {} to {} in bf16, {} in fp8",
         bf16[0], bf16[199], fp8[199]
@@ -199,19 +215,15 @@ fn too_large_a_step_is_refused_and_leaves_nothing_behind() {
     trainer.prepare(16, 48).expect("still loaded");
 }
 
+/// Under `deterministic: true` sums have a fixed order in every mixer and ffn, in both widths.
 #[test]
 fn equal_runs_give_equal_bits() {
-    let run = fixed_order();
-    let (Some(one), Some(two)) = (gpu(&run, 12, true), gpu(&run, 12, true)) else {
-        return;
-    };
-    assert_eq!(one, two);
-    if let Ok(engine) = CudaEngine::new() {
-        let error =
-            std::panic::catch_unwind(|| losses(&of(MODEL, "F32", true), 1, Box::new(engine)));
-        let error = error.expect_err("no fixed order");
-        let text = error.downcast_ref::<String>().expect("a message");
-        assert!(text.contains("deterministic: false"), "{text}");
+    for precision in ["F32", "Bf16"] {
+        let run = of(MODEL, precision, true);
+        let (Some(one), Some(two)) = (gpu(&run, 12, true), gpu(&run, 12, true)) else {
+            return;
+        };
+        assert_eq!(one, two, "{precision}");
     }
 }
 
