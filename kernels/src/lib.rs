@@ -1,4 +1,5 @@
-//! CUDA kernels and their launchers: one `.cu` and one `.rs` per op, under the names of the ops' files in the IR.
+//! CUDA kernels and their launchers: one `.cu` (with parts in a folder where it is long) and one `.rs` per op, under the names of the
+//! ops' files in the IR.
 //!
 //! A launcher turns an op with device addresses into [`Command`]s; a [`Device`] compiles what they need and runs them. Launchers need no
 //! device, so what they launch can be looked at anywhere. Memory that a kernel needs besides its arguments comes from a scratch area

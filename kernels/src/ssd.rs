@@ -347,9 +347,9 @@ impl Tiled {
         };
         tiled.shared = match crew {
             true => {
-                // b and c of a tile, its rows for outputs and with weights; one of them, and its rows with weights.
-                let (tiles, tiles_shared) = tiled.crew_shared(target.shared, (2, 2), 3);
-                let (walk, walk_shared) = tiled.crew_shared(target.shared, (1, 1), 4);
+                // b and c of a tile, and its outputs; one of them alone.
+                let (tiles, tiles_shared) = tiled.crew_shared(target.shared, (2, 1), 3);
+                let (walk, walk_shared) = tiled.crew_shared(target.shared, (1, 0), 4);
                 tiled.defines.extend([
                     define("WG", 1),
                     define("TILE_STAGES", tiles),
@@ -552,9 +552,9 @@ impl Tiled {
     fn grads_shared(&self) -> (usize, usize, usize) {
         if self.crew {
             let plane = 64 * 64 * 2;
-            // Tiles of b and c, two of m and three of rows; steps and sums of four heads, and where documents begin.
+            // Tiles of b and c, two of m and one of dx; steps and sums of four heads, and where documents begin.
             let fixed =
-                1024 + (2 * self.nn / 64 + 5) * plane + ((4 * 3 + 4 * 2 + 1) * self.q + 4 * 12) * 4;
+                1024 + (2 * self.nn / 64 + 3) * plane + ((4 * 3 + 4 * 2 + 1) * self.q + 4 * 12) * 4;
             return (GRADERS + 128, fixed, (2 + 2 * self.nn / 64) * plane);
         }
         let (token, state) = (self.q * self.slice * 2, self.slice * self.nn * 2);

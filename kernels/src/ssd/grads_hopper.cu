@@ -21,6 +21,14 @@ __device__ __forceinline__ void give(const float (&v)[NN / 2], bf16* to, float* 
         if (q < len && n < N) part[at + q * stride + n] = v[i];
     }
 }
+// A number as a pair of bf16.
+__device__ __forceinline__ u32 twice(float x) { return pack(x, x); }
+// This warp's 16 rows of a tile [64][16 COUNT] in registers, as an operand and as accumulators lie.
+template <int COUNT> __device__ __forceinline__ void get_rows(u32* v, u32 from) {
+    int wr = (threadIdx.x >> 5 & 3) * 16;
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) ldsm4(*(u32(*)[4])(v + 4 * j), frag_a<64>(from + (j >> 2) * PLANE, wr, (j & 3) * 16));
+}
 // All gradients of a tile, the states before it and the gradients after it being there. Grid (tiles, G splits, B): a block takes the heads of
 // its share of the group one after the other and keeps the sums of db and dc. The first warpgroup has rows of outputs: dy x', and from it what
 // each token gives through the tile; dc. The second has rows of inputs: dx and db. The third brings what they read and makes the gradients of
@@ -48,8 +56,8 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
     }
     constexpr u32 STAGE = (2 + 2 * BLOCKS) * PLANE;
     u32 pad = -shared_address(shared) & 1023, base = shared_address(shared) + pad, btile = base + STAGES * STAGE, ctile = btile + BLOCKS * PLANE;
-    u32 mtiles = ctile + BLOCKS * PLANE, wdy = mtiles + 2 * PLANE, wx = wdy + PLANE, otile = wx + PLANE;
-    Steps* steps = (Steps*)(shared + pad + STAGES * STAGE + (2 * BLOCKS + 5) * PLANE);
+    u32 mtiles = ctile + BLOCKS * PLANE, otile = mtiles + 2 * PLANE;
+    Steps* steps = (Steps*)(shared + pad + STAGES * STAGE + (2 * BLOCKS + 3) * PLANE);
     Sums* sums = (Sums*)(steps + 4);
     int* begin = (int*)(sums + 4);
     i64 row = bi * T + t0;
@@ -70,9 +78,9 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
             }
         }
     };
-    auto bring = [&](int it, const Place& p) {
+    auto bring = [&](int it, const Place& p, int stage) {
         int h = p.h, p0 = p.slice * 64;
-        u32 to = base + ring.stage * STAGE;
+        u32 to = base + stage * STAGE;
         fetch<64, Q, 64, 128>(to, 0, x + (row * H + h) * P + p0, (i64)H * P, len, P - p0);
         fetch<64, Q, 64, 128>(to + PLANE, 0, dy + (row * H + h) * P + p0, (i64)H * P, len, P - p0);
         i64 from = (((bi * tiles + k) * H + h) * rows + p0) * NN;
@@ -146,30 +154,22 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
         if (local < Q / 4) cp16(shared_address(begin + local * 4), first + (bi * tiles + k) * Q + local * 4, 16);
         // One warp brings a head's steps and, once both have read its last rows, makes their gradients: it is done with them when it brings others.
         Place p = {h_from, 0}, read = p;
-        Ring<STAGES> landed = ring, freed = ring;
-        auto land = [&] {
-            fence_shared();
-            landed.filled();
-            landed.next();
-        };
+        Ring<STAGES> freed = ring;
         auto done = [&](int it) {
             freed.wait_freed();
             freed.next();
             if (warp == 8 && read.slice == slices - 1) finish(it, read.h);
             read.next(slices);
         };
-        for (int it = 0; it < n_it; it++, p.next(slices), ring.next()) {
-            ring.wait_free();
-            bring(it, p);
-            cp_commit();
-            if (it > 0) {
-                cp_wait<1>();
-                land();
-            }
-            if (it >= STAGES) done(it - STAGES);
-        }
-        cp_wait<0>();
-        land();
+        fill(
+            ring, n_it,
+            [&](int it, int stage) {
+                bring(it, p, stage);
+                p.next(slices);
+            },
+            [&](int it) {
+                if (it >= STAGES) done(it - STAGES);
+            });
         for (int it = max(n_it - STAGES, 0); it < n_it; it++) done(it);
         return;
     }
@@ -182,7 +182,6 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
         for (int i = 0; i < 32; i++) ee[i] = 0;
         Place p = {h_from, 0};
         for (int it = 0; it < n_it; it++, p.next(slices), ring.next(), ms.next()) {
-            named_wait(1, 128);
             ring.wait_full();
             u32 xt = base + ring.stage * STAGE, dyt = xt + PLANE, st_ = dyt + PLANE, mtile = mtiles + ms.stage * PLANE;
             const float *cm = steps[it & 3].cum, *ky = steps[it & 3].key;
@@ -198,19 +197,29 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
                 mma_wait<0>();
                 pin(cb);
             }
-            float dm[32];
+            float dm[32], c0 = cm[q0], c1 = cm[q0 + 8];
+            u32 dyw[16], weighted[16], w0 = begin[q0] < 0 ? twice(exp2_fast(c0)) : 0, w1 = begin[q0 + 8] < 0 ? twice(exp2_fast(c1)) : 0;
+            get_rows<4>(dyw, dyt);
+#pragma unroll
+            for (int i = 0; i < 16; i++) weighted[i] = times(dyw[i], i & 1 ? w1 : w0);
             pin(dm);
+            pin(dyw);
+            pin(weighted);
+            pin(gc);
             mma_begin();
 #pragma unroll
-            for (int kk = 0; kk < 4; kk++) mma<0, 0>(dm, operand(dyt + kk * 32), operand(xt + kk * 32), kk > 0);
+            for (int kk = 0; kk < 4; kk++) mma<0>(dm, dyw + 4 * kk, operand(xt + kk * 32), kk > 0);
+#pragma unroll
+            for (int kk = 0; kk < 4; kk++) mma<1>(gc, weighted + 4 * kk, operand(st_ + kk * 2048, PLANE), 1);
             mma_commit();
-            weigh(wdy, dyt, [&](int q) { return begin[q] < 0 ? exp2_fast(cm[q]) : 0.f; });
-            fence_shared();
-            float c0 = cm[q0], c1 = cm[q0 + 8], ref = wr ? cm[wr - 1] : 0.f, f0 = exp2_fast(c0 - ref), f1 = exp2_fast(c1 - ref), r0 = 0, r1 = 0, diag = 0;
+            float ref = wr ? cm[wr - 1] : 0.f, f0 = exp2_fast(c0 - ref), f1 = exp2_fast(c1 - ref), r0 = 0, r1 = 0, diag = 0;
             int b0 = start < 0 ? 0 : begin[q0], b1 = start < 0 ? 0 : begin[q0 + 8];
             u32 pairs[16];
             mma_wait<0>();
+            pin(dyw);
+            pin(weighted);
             pin(dm);
+            pin(gc);
 #pragma unroll
             for (int j = 0; j < 8; j++) {
                 int col = j * 8 + t * 2;
@@ -256,25 +265,17 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
             put_pairs<4>(mtile, pairs);
             fence_shared();
             ms.filled();
-            named_wait(1, 128);
-            pin(gc);
-            mma_begin();
-#pragma unroll
-            for (int kk = 0; kk < 4; kk++) mma<0, 1>(gc, operand(wdy + kk * 32), operand(st_ + kk * 2048, PLANE), 1);
-            mma_commit();
             diag = warp_sum(diag);
             if (lane == 0) su.dd[warp & 3] = more ? su.dd[warp & 3] + diag : diag;
-            mma_wait<0>();
-            pin(gc);
             // What the states gave: c times what dc grew by.
             float now[2] = {0, 0};
 #pragma unroll
-            for (int j = 0; j < NN / 8; j++)
+            for (int j = 0; j < NN / 16; j++) {
+                u32 v[4];
+                ldsm4(v, frag_a<64>(ctile + (j >> 2) * PLANE, wr, (j & 3) * 16));
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    u32 v = lds32(ctile + (j >> 3) * PLANE + tile<64>(q0 + half * 8, (j & 7) * 8 + t * 2));
-                    now[half] += gc[4 * j + half * 2] * low(v) + gc[4 * j + half * 2 + 1] * high(v);
-                }
+                for (int i = 0; i < 4; i++) now[i & 1] += gc[8 * j + 2 * i] * low(v[i]) + gc[8 * j + 2 * i + 1] * high(v[i]);
+            }
             r0 += now[0] - before[0];
             r1 += now[1] - before[1];
             before[0] = now[0];
@@ -289,15 +290,16 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
             }
             ring.freed();
         }
-        named_wait(3, 256);
-        // Within the tile: dc += e b, db += e' c, with e summed over the heads.
-        put_rows<4>(mtiles, ee);
+        // Within the tile: dc += e b, db += e' c, with e summed over the heads. The stages are free for the results.
+        ring.before().wait_freed();
+        put_rows<4>(mtiles + ms.stage * PLANE, ee);
         fence_shared();
-        named_wait(3, 256);
+        ms.filled();
+        ms.wait_full();
         pin(gc);
         mma_begin();
 #pragma unroll
-        for (int kk = 0; kk < 4; kk++) mma<0, 1>(gc, operand(mtiles + kk * 32), operand(btile + kk * 2048, PLANE), 1);
+        for (int kk = 0; kk < 4; kk++) mma<0, 1>(gc, operand(mtiles + ms.stage * PLANE + kk * 32), operand(btile + kk * 2048, PLANE), 1);
         mma_commit();
         mma_wait<0>();
         pin(gc);
@@ -308,7 +310,6 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
         for (int i = 0; i < NN / 2; i++) gb[i] = 0;
         Place p = {h_from, 0};
         for (int it = 0; it < n_it; it++, p.next(slices), ring.next(), ms.next()) {
-            named_wait(2, 128);
             ring.wait_full();
             u32 xt = base + ring.stage * STAGE, dyt = xt + PLANE, st_ = dyt + PLANE, dst = st_ + BLOCKS * PLANE, mtile = mtiles + ms.stage * PLANE;
             const float *cm = steps[it & 3].cum, *ky = steps[it & 3].key;
@@ -316,42 +317,42 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
             bool more = p.slice > 0;
             int h = p.h, p0 = p.slice * 64, start = begin[Q - 1];
             float last = cm[Q - 1], skip = d ? ld(d, h) : 0.f, acc[32];
+            float left0 = q0 >= start ? exp2_fast(last - ky[q0]) : 0.f, left1 = q0 + 8 >= start ? exp2_fast(last - ky[q0 + 8]) : 0.f;
+            u32 xw[16], weighted[16], w0 = twice(left0), w1 = twice(left1);
+            get_rows<4>(xw, xt);
+#pragma unroll
+            for (int i = 0; i < 16; i++) weighted[i] = times(xw[i], i & 1 ? w1 : w0);
             pin(acc);
+            pin(weighted);
+            pin(gb);
             mma_begin();
 #pragma unroll
             for (int kk = 0; kk < NN / 16; kk++) mma<0, 0>(acc, operand(btile + (kk >> 2) * PLANE + (kk & 3) * 32), operand(dst + (kk >> 2) * PLANE + (kk & 3) * 32), kk > 0);
             mma_commit();
-            weigh(wx, xt, [&](int q) { return q >= start ? exp2_fast(last - ky[q]) : 0.f; });
-            fence_shared();
-            float across = 0;
 #pragma unroll
-            for (int e = 0; e < 4 * BLOCKS; e++) {
-                u32 o = ((threadIdx.x & 127) + e * 128) * 16;
-                uint4 v = lds128(st_ + o), u = lds128(dst + o);
-                across += low(v.x) * low(u.x) + high(v.x) * high(u.x) + low(v.y) * low(u.y) + high(v.y) * high(u.y);
-                across += low(v.z) * low(u.z) + high(v.z) * high(u.z) + low(v.w) * low(u.w) + high(v.w) * high(u.w);
-            }
-            float left0 = q0 >= start ? exp2_fast(last - ky[q0]) : 0.f, left1 = q0 + 8 >= start ? exp2_fast(last - ky[q0 + 8]) : 0.f;
-            mma_wait<0>();
-            pin(acc);
-            named_wait(2, 128);
-            pin(gb);
-            mma_begin();
-#pragma unroll
-            for (int kk = 0; kk < 4; kk++) mma<0, 1>(gb, operand(wx + kk * 32), operand(dst + kk * 2048, PLANE), 1);
+            for (int kk = 0; kk < 4; kk++) mma<1>(gb, weighted + 4 * kk, operand(dst + kk * 2048, PLANE), 1);
             mma_commit();
-            u32 xw[16];
+            // The diagonal of s ds'.
+            float upper[4] = {}, lower[4] = {};
+#pragma unroll
+            for (int kk = 0; kk < NN / 16; kk++) {
+                u32 fa[4], fb[4];
+                ldsm4(fa, frag_a<64>(st_ + (kk >> 2) * PLANE, wr, (kk & 3) * 16));
+                ldsm4(fb, frag_b<64>(dst + (kk >> 2) * PLANE, wr, (kk & 3) * 16));
+                mma(upper, fa, fb);
+                mma(lower, fa, fb + 2);
+            }
+            float across = (t * 2 == g ? upper[0] + lower[2] : 0.f) + (t * 2 + 1 == g ? upper[1] + lower[3] : 0.f);
+            mma_wait<1>();
+            pin(acc);
             float into = 0;
 #pragma unroll
-            for (int j = 0; j < 8; j++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    u32 v = xw[2 * j + half] = lds32(xt + tile<64>(q0 + half * 8, j * 8 + t * 2));
-                    float *o = acc + 4 * j + half * 2, l = half ? left1 : left0;
-                    o[0] *= l;
-                    o[1] *= l;
-                    into += o[0] * low(v) + o[1] * high(v);
-                }
+            for (int i = 0; i < 16; i++) {
+                float *o = acc + 2 * i, l = i & 1 ? left1 : left0;
+                o[0] *= l;
+                o[1] *= l;
+                into += o[0] * low(xw[i]) + o[1] * high(xw[i]);
+            }
             ms.wait_full();
             pin(acc);
             mma_begin();
@@ -367,20 +368,23 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
             mma_wait<0>();
             pin(acc);
             pin(gb);
+            pin(weighted);
             ms.freed();
             float x0 = 0, x1 = 0;
 #pragma unroll
-            for (int j = 0; j < 8; j++)
+            for (int j = 0; j < 4; j++) {
+                u32 v[4];
+                ldsm4(v, frag_a<64>(dyt, wr, j * 16));
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    u32 v = xw[2 * j + half], u = lds32(dyt + tile<64>(q0 + half * 8, j * 8 + t * 2));
-                    float* o = acc + 4 * j + half * 2;
-                    float r = o[0] * low(v) + o[1] * high(v);
-                    if (half) x1 += r;
+                for (int i = 0; i < 4; i++) {
+                    float *o = acc + 8 * j + 2 * i, r = o[0] * low(xw[4 * j + i]) + o[1] * high(xw[4 * j + i]);
+                    if (i & 1) x1 += r;
                     else x0 += r;
-                    o[0] += skip * low(u);
-                    o[1] += skip * high(u);
+                    o[0] += skip * low(v[i]);
+                    o[1] += skip * high(v[i]);
                 }
+            }
+            __syncwarp();
             put_rows<4>(otile, acc);
             x0 += __shfl_xor_sync(FULL, x0, 1);
             x1 += __shfl_xor_sync(FULL, x1, 1);
@@ -398,12 +402,12 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
             for (int e = 0; e < 4; e++, q += 4, o += (i64)4 * H * P)
                 if (q < len) put8(o, otile + tile<64>(q, col), left);
         }
-        named_wait(3, 256);
-        named_wait(3, 256);
+        ring.before().wait_freed();
+        ms.wait_full();
         pin(gb);
         mma_begin();
 #pragma unroll
-        for (int kk = 0; kk < 4; kk++) mma<1, 1>(gb, operand(mtiles + kk * 2048), operand(ctile + kk * 2048, PLANE), 1);
+        for (int kk = 0; kk < 4; kk++) mma<1, 1>(gb, operand(mtiles + ms.stage * PLANE + kk * 2048), operand(ctile + kk * 2048, PLANE), 1);
         mma_commit();
         mma_wait<0>();
         pin(gb);

@@ -92,12 +92,52 @@ template <int N> struct Ring {
         }
     }
     __device__ void wait_full() const { bar_wait(bars + 8 * stage, round); }
-    // Until what was here before may be written over, in the first round at once; until what is here now may be.
+    // Whether what was here before may be written over, in the first round at once; whether what is here now may be.
+    __device__ bool is_free() const { return bar_test(bars + 8 * (N + stage), round ^ 1); }
     __device__ void wait_free() const { bar_wait(bars + 8 * (N + stage), round ^ 1); }
     __device__ void wait_freed() const { bar_wait(bars + 8 * (N + stage), round); }
+    __device__ Ring before() const {
+        Ring r = *this;
+        if (r.stage-- == 0) {
+            r.stage = N - 1;
+            r.round ^= 1;
+        }
+        return r;
+    }
     __device__ void filled() const { bar_arrive(bars + 8 * stage); }
     __device__ void freed() const { bar_arrive(bars + 8 * (N + stage)); }
 };
+// Fills a ring with n things, of which `bring(i, stage)` starts the copies. What is under way is handed over before a wait for room, and one
+// behind otherwise; `after(i)` is called when copies of i have been started.
+template <int N, class Bring, class After> __device__ __forceinline__ void fill(Ring<N> ring, int n, Bring bring, After after) {
+    Ring<N> landed = ring;
+    bool under_way = false;
+    auto land = [&] {
+        fence_shared();
+        landed.filled();
+        landed.next();
+    };
+    for (int i = 0; i < n; i++, ring.next()) {
+        if (under_way && !__any_sync(FULL, ring.is_free())) {
+            cp_wait<0>();
+            land();
+            under_way = false;
+        }
+        ring.wait_free();
+        bring(i, ring.stage);
+        cp_commit();
+        if (under_way) {
+            cp_wait<1>();
+            land();
+        }
+        under_way = true;
+        after(i);
+    }
+    if (under_way) {
+        cp_wait<0>();
+        land();
+    }
+}
 // What all lanes of a warp know to be one number.
 #define UNIFORM(x) __shfl_sync(FULL, x, 0)
 __device__ __forceinline__ void stsm4(u32 at, u32 a, u32 b, u32 c, u32 d) { asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory"); }
@@ -113,18 +153,6 @@ template <int COUNT> __device__ __forceinline__ void put_rows(u32 to, const floa
 #pragma unroll
     for (int i = 0; i < 4 * COUNT; i++) pairs[i] = pack(v[2 * i], v[2 * i + 1]);
     put_pairs<COUNT>(to, pairs);
-}
-// Rows of a tile times their weights, by the threads of a warpgroup.
-template <class W> __device__ __forceinline__ void weigh(u32 to, u32 from, W weight) {
-    int lane = threadIdx.x & 127, row = lane >> 3, c = lane & 7;
-#pragma unroll
-    for (int i = 0; i < 4; i++, row += 16) {
-        u32 at = tile<64>(row, c * 8);
-        uint4 v = lds128(from + at);
-        float f = weight(row);
-        u32 w = pack(f, f);
-        sts128(to + at, uint4{times(v.x, w), times(v.y, w), times(v.z, w), times(v.w, w)});
-    }
 }
 #endif
 // What walks over tiles is compiled apart from the gradients.

@@ -37,24 +37,20 @@ __device__ __forceinline__ void crew_scalars(Scalars* to, const float* cum, cons
     if (row < 2 * HEADS) cp16(shared_address(row & 1 ? to->key[row >> 1] + c : to->cum[row >> 1] + c), (row & 1 ? key : cum) + at, 16);
     else if (row == 2 * HEADS) cp16(shared_address(to->first + c), first + (b * tiles + k) * Q + c, 16);
 }
-// The part of one more warpgroup: `bring(i, stage)` starts the copies of each of n tiles.
-template <int N, class F> __device__ __forceinline__ void bring_tiles(Ring<N> ring, int n, F bring) {
-    Ring<N> landed = ring;
-    auto land = [&] {
-        fence_shared();
-        landed.filled();
-        landed.next();
-    };
-    for (int i = 0; i < n; i++, ring.next()) {
-        ring.wait_free();
-        bring(i, ring.stage);
-        cp_commit();
-        if (i == 0) continue;
-        cp_wait<1>();
-        land();
+// This warp's rows p of a tile u[64 tokens][64 p] as an operand, each token times its weight.
+template <class W> __device__ __forceinline__ void weighted_rows(u32 (&v)[16], u32 u, W weight) {
+    int lane = threadIdx.x & 31, wr = (threadIdx.x >> 5 & 3) * 16;
+    u32 pair = pack(weight(lane * 2), weight(lane * 2 + 1));
+#pragma unroll
+    for (int kk = 0; kk < Q / 16; kk++) {
+        ldsm4t(*(u32(*)[4])(v + 4 * kk), frag_a_across<64>(u, wr, kk * 16));
+#pragma unroll
+        for (int e = 0; e < 4; e += 2) {
+            u32 w = __shfl_sync(FULL, pair, kk * 8 + (lane & 3) + e * 2);
+            v[4 * kk + e] = times(v[4 * kk + e], w);
+            v[4 * kk + e + 1] = times(v[4 * kk + e + 1], w);
+        }
     }
-    cp_wait<0>();
-    if (n > 0) land();
 }
 // The states alone, as the form for any device.
 template <bool BACK> __device__ __forceinline__ void walk(const bf16* u, const bf16* v, const float* cum, const float* key, const int* first, const float* init, float* fin, float* total, bf16* out, int T, int H, int P, int G, int N, int chunk, int part_chunks, int rows, int init_all, int init_step) {
@@ -68,8 +64,8 @@ template <bool BACK> __device__ __forceinline__ void walk(const bf16* u, const b
     int from = blockIdx.y * part_chunks * per, to = from + part_chunks * per;
     to = to < tiles ? to : tiles;
     while (to > from && at.len(to - 1) <= 0) to--;
-    constexpr u32 STAGE = (BLOCKS + HEADS) * PLANE, FIXED = HEADS * (BLOCKS + 1) * PLANE;
-    u32 pad = -shared_address(shared) & 1023, base = shared_address(shared) + pad, stile = base + WALK_STAGES * STAGE + w * BLOCKS * PLANE, weighted = base + WALK_STAGES * STAGE + HEADS * BLOCKS * PLANE + w * PLANE;
+    constexpr u32 STAGE = (BLOCKS + HEADS) * PLANE, FIXED = HEADS * BLOCKS * PLANE;
+    u32 pad = -shared_address(shared) & 1023, base = shared_address(shared) + pad, stile = base + WALK_STAGES * STAGE + w * BLOCKS * PLANE;
     Scalars* scalars = (Scalars*)(shared + pad + WALK_STAGES * STAGE + FIXED);
     __shared__ __align__(8) u64 bars[2 * WALK_STAGES];
     Ring<WALK_STAGES> ring(bars, 128, HEADS * 128);
@@ -84,42 +80,43 @@ template <bool BACK> __device__ __forceinline__ void walk(const bf16* u, const b
         for (int h = 0; h < HEADS; h++) fetch<64, Q, 64, 128>(dst + (BLOCKS + h) * PLANE, 0, u + (row * H + own.h0 + h) * P + own.p0, (i64)H * P, len, P - own.p0);
         crew_scalars(scalars + stage, cum, key, first, b, own.h0, H, tiles, k);
     };
-    if (w == HEADS) return bring_tiles(ring, to - from, bring);
+    if (w == HEADS) return fill(ring, to - from, bring, [](int) {});
     float s[NN / 2], product = 1;
     load_rows(s, init ? init + ((b * init_all + blockIdx.y * init_step) * H + own.h0 + w) * P * N : init, own.p0, P, N);
     for (int i = from; i < to; i++, ring.next()) {
-        named_wait(1 + w, 128);
         ring.wait_full();
         int k = BACK ? from + to - 1 - i : i;
         const Scalars& sc = scalars[ring.stage];
         const float *cm = sc.cum[w], *ky = sc.key[w];
-        u32 vtile = base + ring.stage * STAGE;
+        u32 vtile = base + ring.stage * STAGE, x[16];
         int start = sc.first[Q - 1];
         float last = cm[Q - 1], decay = start < 0 ? exp2_fast(last) : 0.f;
-        weigh(weighted, vtile + (BLOCKS + w) * PLANE, [&](int q) {
+        weighted_rows(x, vtile + (BLOCKS + w) * PLANE, [&](int q) {
             if (BACK) return sc.first[q] < 0 ? exp2_fast(cm[q]) : 0.f;
             return q >= start ? exp2_fast(last - ky[q]) : 0.f;
         });
-        fence_shared();
         if (out) put_rows<NN / 16>(stile, s);
         product *= decay;
 #pragma unroll
         for (int e = 0; e < NN / 2; e++) s[e] *= decay;
-        named_wait(1 + w, 128);
+        pin(x);
         pin(s);
         mma_begin();
 #pragma unroll
-        for (int kk = 0; kk < Q / 16; kk++) mma<1, 1>(s, operand(weighted + kk * 2048), operand(vtile + kk * 2048, PLANE), 1);
+        for (int kk = 0; kk < Q / 16; kk++) mma<1>(s, x + 4 * kk, operand(vtile + kk * 2048, PLANE), 1);
         mma_commit();
         if (out) {
+            __syncwarp();
             bf16* o = out + (((b * tiles + k) * H + own.h0 + w) * rows + own.p0) * NN;
             constexpr int C = NN / 8, STEP = 32 / C;
             int c = lane % C, pr = (warp & 3) * 16 + lane / C;
 #pragma unroll
             for (int e = 0; e < 16 / STEP; e++, pr += STEP)
                 if (own.p0 + pr < rows) *(uint4*)(o + (i64)pr * NN + c * 8) = lds128(stile + (c >> 3) * PLANE + tile<64>(pr, (c & 7) * 8));
+            __syncwarp();
         }
         mma_wait<0>();
+        pin(x);
         pin(s);
         ring.freed();
     }
@@ -137,8 +134,8 @@ KERNEL __launch_bounds__(WALKERS, 1) ssd_tiles(const bf16* x, const bf16* b, con
     int from = blockIdx.y * part_chunks * per, to = from + part_chunks * per;
     to = to < tiles ? to : tiles;
     while (to > from && at.len(to - 1) <= 0) to--;
-    constexpr u32 STAGE = (2 * BLOCKS + HEADS) * PLANE, FIXED = HEADS * (BLOCKS + 2) * PLANE;
-    u32 pad = -shared_address(shared) & 1023, base = shared_address(shared) + pad, stile = base + TILE_STAGES * STAGE + w * BLOCKS * PLANE, weighted = base + TILE_STAGES * STAGE + HEADS * BLOCKS * PLANE + w * PLANE, ytile = weighted + HEADS * PLANE;
+    constexpr u32 STAGE = (2 * BLOCKS + HEADS) * PLANE, FIXED = HEADS * (BLOCKS + 1) * PLANE;
+    u32 pad = -shared_address(shared) & 1023, base = shared_address(shared) + pad, stile = base + TILE_STAGES * STAGE + w * BLOCKS * PLANE, ytile = base + TILE_STAGES * STAGE + (HEADS * BLOCKS + w) * PLANE;
     Scalars* scalars = (Scalars*)(shared + pad + TILE_STAGES * STAGE + FIXED);
     // Each warpgroup waits for what it reads, not for the other ones: one may compute while the other multiplies.
     __shared__ __align__(8) u64 bars[2 * TILE_STAGES];
@@ -159,7 +156,7 @@ KERNEL __launch_bounds__(WALKERS, 1) ssd_tiles(const bf16* x, const bf16* b, con
     };
     if (w == HEADS) {
         if (HEADS == 2) registers_less<40>();
-        return bring_tiles(ring, to - from, bring);
+        return fill(ring, to - from, bring, [](int) {});
     }
     if (HEADS == 2) registers_more<232>();
     int wr = (warp & 3) * 16, q0 = wr + g;
@@ -189,10 +186,8 @@ KERNEL __launch_bounds__(WALKERS, 1) ssd_tiles(const bf16* x, const bf16* b, con
         for (int kk = 0; kk < NN / 16; kk++) mma<0, 0>(ya, operand(ctile + (kk >> 2) * PLANE + (kk & 3) * 32), operand(stile + (kk >> 2) * PLANE + (kk & 3) * 32), kk > 0);
         mma_commit();
         float last = cm[Q - 1], decay = start < 0 ? exp2_fast(last) : 0.f;
-        weigh(weighted, xtile, [&](int q) { return q >= start ? exp2_fast(last - ky[q]) : 0.f; });
-        fence_shared();
-#pragma unroll
-        for (int e = 0; e < NN / 2; e++) s[e] *= decay;
+        u32 xw[16];
+        weighted_rows(xw, xtile, [&](int q) { return q >= start ? exp2_fast(last - ky[q]) : 0.f; });
         // What precedes this warp's rows: the decay up to them times the decay from there on.
         float c0 = cm[q0], c1 = cm[q0 + 8], ref = wr ? cm[wr - 1] : 0.f, f0 = exp2_fast(c0 - ref), f1 = exp2_fast(c1 - ref);
         int b0 = start < 0 ? 0 : sc.first[q0], b1 = start < 0 ? 0 : sc.first[q0 + 8];
@@ -235,19 +230,22 @@ KERNEL __launch_bounds__(WALKERS, 1) ssd_tiles(const bf16* x, const bf16* b, con
         float w0 = start < 0 || sc.first[q0] < 0 ? exp2_fast(c0) : 0.f, w1 = start < 0 || sc.first[q0 + 8] < 0 ? exp2_fast(c1) : 0.f;
 #pragma unroll
         for (int i = 0; i < 32; i++) ya[i] *= i & 2 ? w1 : w0;
-        named_wait(1 + w, 128);
+#pragma unroll
+        for (int e = 0; e < NN / 2; e++) s[e] *= decay;
         pin(m);
+        pin(xw);
         pin(ya);
         pin(s);
         mma_begin();
 #pragma unroll
         for (int kk = 0; kk < Q / 16; kk++) mma<1>(ya, m + 4 * kk, operand(xtile + kk * 2048), 1);
 #pragma unroll
-        for (int kk = 0; kk < Q / 16; kk++) mma<1, 1>(s, operand(weighted + kk * 2048), operand(btile + kk * 2048, PLANE), 1);
+        for (int kk = 0; kk < Q / 16; kk++) mma<1>(s, xw + 4 * kk, operand(btile + kk * 2048, PLANE), 1);
         mma_commit();
         mma_wait<0>();
         pin(ya);
         pin(m);
+        pin(xw);
         pin(s);
         ring.freed();
         put_rows<4>(ytile, ya);
@@ -259,6 +257,8 @@ KERNEL __launch_bounds__(WALKERS, 1) ssd_tiles(const bf16* x, const bf16* b, con
             for (int e = 0; e < 4; e++, q += 4, o += (i64)4 * H * P)
                 if (q < len) put8(o, ytile + tile<64>(q, p), left);
         }
+        // All warps have read what is written over here.
+        named_wait(1 + w, 128);
         put_rows<NN / 16>(stile, s);
     }
     if (fin && blockIdx.y == parts - 1) save_rows(s, fin + (bi * H + own.h0 + w) * P * N, own.p0, P, N);
