@@ -307,6 +307,12 @@ mod tests {
                 "TILED GRADS VEC Q=64 NN=128 PS=64 HEADS=2 R=128 PP=64 STAGES=2 WALKERS=128 GRADERS=256",
                 "TILED GRADS VEC=0 Q=32 NN=256 PS=64 HEADS=1 R=64 PP=64 STAGES=1 WALKERS=128 GRADERS=256",
             ],
+            "gated_delta" => &[
+                "",
+                "TILED VEC Q=64 NN=128 PB=64",
+                "TILED GRADS VEC Q=64 NN=128 PB=64 PP=64 STAGES=2",
+                "TILED GRADS VEC=0 Q=32 NN=256 PB=32 PP=32 STAGES=1",
+            ],
             "attention" => &["", "WARPS WHOLE P=256", "WARPS P=33"],
             "moe" => &["", "WARPS WHOLE", "WARPS"],
             "linear_cross_entropy" => &["", "TL=bf16 TA0=bf16"],

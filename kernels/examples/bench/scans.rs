@@ -2,7 +2,8 @@
 
 use crate::harness::{Case, Graph};
 use marimba_kernels::{
-    DType, causal_conv1d, causal_conv1d_bwd, selective_scan, selective_scan_bwd, ssd, ssd_bwd,
+    DType, causal_conv1d, causal_conv1d_bwd, gated_delta, gated_delta_bwd, selective_scan,
+    selective_scan_bwd, ssd, ssd_bwd,
 };
 
 #[derive(Clone, Copy)]
@@ -145,6 +146,59 @@ fn mamba1(b: usize, t: usize, i: usize, n: usize) -> Graph {
     x
 }
 
+/// Gated delta rule: h value heads of width p, g key heads of width n.
+fn delta([b, t, h, g, p, n]: [usize; 6]) -> Graph {
+    let chunk = 64;
+    let mut x = Graph::default();
+    let (wide, narrow, step) = ([b, t, h, p], [b, t, g, n], [b, t, h]);
+    // Keys and queries of length about 1.
+    let unit = 1.0 / (n as f32).sqrt();
+    let (q, k) = (x.noise(&narrow, unit), x.noise(&narrow, unit));
+    let v = x.noise(&wide, 1.0);
+    let gate = x.single(&step, 0.02, -0.1);
+    let beta = x.single(&step, 0.1, 0.5);
+    let dout = x.noise(&wide, 1.0);
+    let o = x.result(&wide);
+    let saved = x.result_of(&[b, t.div_ceil(chunk), h, n, p], DType::F32);
+    let results = [
+        x.result(&narrow),
+        x.result(&narrow),
+        x.result(&wide),
+        x.result_of(&step, DType::F32),
+        x.result_of(&step, DType::F32),
+    ];
+    // The chunked form with tiles of 64 tokens: products of keys once for each group, of what a token writes and of outputs within the
+    // tile, and four more of those backward; the states read and written.
+    let tile = (b * t * 64) as f64;
+    let state = 2.0 * (b * t * h * p * n) as f64;
+    let scores = 2.0 * tile * (g * n) as f64;
+    let within = 2.0 * tile * (h * p) as f64;
+    let stream = (2 * b * t * (2 * h * p + 2 * g * n + 4 * h)) as f64;
+    let states = (4 * b * t.div_ceil(chunk) * h * n * p) as f64;
+    let args = [Some(q), Some(k), Some(v), Some(gate), Some(beta), None];
+    x.stage(
+        "forward",
+        (3.0 * state + within + scores, stream + states),
+        &args,
+        &[o, saved],
+        move |r, a| gated_delta(r, a, chunk),
+    );
+    let mut bwd = args.to_vec();
+    bwd.extend([Some(saved), Some(dout)]);
+    x.stage(
+        "backward",
+        (
+            7.0 * state + 3.0 * within + 3.0 * scores,
+            1.75 * stream + states,
+        ),
+        &bwd,
+        &results,
+        move |r, a| gated_delta_bwd(r, a, chunk),
+    );
+    x.total("both");
+    x
+}
+
 fn conv(b: usize, t: usize, i: usize) -> Graph {
     let mut x = Graph::default();
     let wide = [b, t, i];
@@ -223,6 +277,20 @@ pub(crate) fn cases() -> Vec<Case> {
         timed: mamba1(4, 4096, 8192, 16),
         checked: vec![mamba1(2, 333, 192, 16)],
     });
+    for (name, sizes) in [
+        ("B4 T4096 32/16 heads 128x128", [4, 4096, 32, 16, 128, 128]),
+        (
+            "B1 T32768 32/16 heads 128x128",
+            [1, 32768, 32, 16, 128, 128],
+        ),
+        ("B4 T4096 16/16 heads 256x128", [4, 4096, 16, 16, 256, 128]),
+    ] {
+        out.push(Case {
+            name: format!("delta rule {name}"),
+            timed: delta(sizes),
+            checked: vec![delta([1, 700, 4, 2, sizes[4], sizes[5]])],
+        });
+    }
     for i in [8448, 4096, 128] {
         out.push(Case {
             name: format!("conv1d B4 T4096 I{i}"),
