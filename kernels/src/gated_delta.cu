@@ -162,16 +162,20 @@ KERNEL __launch_bounds__(512) delta_bwd(const TA0* q, const TA1* k, const TA2* v
 // What lies beyond the end of a tile is zero, and its beta too. For each (batch, tile, head): inv and mix [Q][Q], ends [4][Q] with in, out, c
 // in powers of two and beta. States are kept by columns, [P][NN].
 // The host sets Q, the padded width of keys NN, the columns PB of a walk's block and, with GRADS, the columns PP of a slice of the gradients.
+struct Tile {
+    int chunk, nth, start, len;
+};
 struct Tiles {
-    int T, chunk;
-    __device__ int per() const { return (chunk + Q - 1) / Q; }
-    __device__ int all() const { return (T + chunk - 1) / chunk * per(); }
-    __device__ int start(int tile) const { return tile / per() * chunk + tile % per() * Q; }
-    __device__ int len(int tile) const {
-        int left = chunk - tile % per() * Q, rest = T - start(tile);
+    int T, chunk, per, chunks, all;
+    __device__ Tiles(int T, int chunk) : T(T), chunk(chunk), per((chunk + Q - 1) / Q), chunks((T + chunk - 1) / chunk), all(chunks * per) {}
+    __device__ Tile at(int c, int nth) const {
+        int left = chunk - nth * Q, start = c * chunk + nth * Q, rest = T - start;
         left = left < rest ? left : rest;
-        return left < Q ? left : Q;
+        return {c, nth, start, left < Q ? left : Q};
     }
+    __device__ Tile at(int tile) const { return at(tile / per, tile % per); }
+    __device__ Tile after(const Tile& x) const { return x.nth + 1 < per ? at(x.chunk, x.nth + 1) : at(x.chunk + 1, 0); }
+    __device__ Tile before(const Tile& x) const { return x.nth > 0 ? at(x.chunk, x.nth - 1) : at(x.chunk - 1, per - 1); }
 };
 #define LANE int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3; (void)g; (void)t; (void)warp;
 #define KT (Q * NN * 2)
@@ -249,10 +253,10 @@ KERNEL __launch_bounds__(PREPARERS) delta_prepare(const bf16* q, const bf16* k, 
     __shared__ float cum[2][Q], bet[2][Q];
     __shared__ u32 bits[2];
     LANE
-    Tiles at = {T, chunk};
-    int tile_ = blockIdx.x, group = blockIdx.y, len = at.len(tile_), heads = H / G;
+    Tile at = Tiles(T, chunk).at(blockIdx.x);
+    int tile_ = blockIdx.x, group = blockIdx.y, len = at.len, heads = H / G;
     if (len <= 0) return;
-    i64 b = blockIdx.z, row = b * T + at.start(tile_), place = (b * gridDim.x + tile_) * H;
+    i64 b = blockIdx.z, row = b * T + at.start, place = (b * gridDim.x + tile_) * H;
     u64 starts = starts_of(pos, row, len, bits);
     constexpr u32 SLICE = Q * 64 * 2;
     u32 ktile = shared_address(shared), qtile = ktile + SLICE;
@@ -351,7 +355,19 @@ KERNEL __launch_bounds__(PREPARERS) delta_prepare(const bf16* q, const bf16* k, 
                 for (int s = 0; s < 16; s++) {
                     const float* w = x + (r0 + s) * PAD + r0;
 #pragma unroll
-                    for (int r = s + 1; r < 16; r++) acc[r] -= w[r] * acc[s];
+                    for (int r = 0; r < 16; r += 4) {
+                        if (r > s) {
+                            float4 v = *(const float4*)(w + r);
+                            acc[r] -= v.x * acc[s];
+                            acc[r + 1] -= v.y * acc[s];
+                            acc[r + 2] -= v.z * acc[s];
+                            acc[r + 3] -= v.w * acc[s];
+                        } else {
+#pragma unroll
+                            for (int j = r; j < r + 4; j++)
+                                if (j > s) acc[j] -= w[j] * acc[s];
+                        }
+                    }
                     if (r0 + s >= i) x[(r0 + s) * PAD + i] = acc[s];
                 }
             }
@@ -388,6 +404,14 @@ __device__ __forceinline__ void load_state(float* s, const float* from, int p, i
 }
 __device__ __forceinline__ void store_state(const float* s, float* to, int p, int N, int P) {
     int g = threadIdx.x >> 2 & 7, t = threadIdx.x & 3;
+    if (N == NN && p + 16 <= P) {
+        to += (i64)(t * 2) * P + p + g;
+#pragma unroll
+        for (int j = 0; j < NN / 8; j++)
+#pragma unroll
+            for (int e = 0; e < 4; e++) to[(j * 8 + (e & 1)) * P + (e >> 1) * 8] = s[4 * j + e];
+        return;
+    }
 #pragma unroll
     for (int j = 0; j < NN / 8; j++)
 #pragma unroll
@@ -413,6 +437,24 @@ __device__ __forceinline__ void read_state(float (*r)[4], const float* s, u32 x)
             ldsm4(f, frag_b<NN>(x, u * 16, c * 16));
             mma(r[2 * u], a, f);
             mma(r[2 * u + 1], a, f + 2);
+        }
+    }
+}
+// The same of two tiles at once.
+__device__ __forceinline__ void read_state(float (*r)[4], float (*y)[4], const float* s, u32 x, u32 z) {
+#pragma unroll
+    for (int c = 0; c < NN / 16; c++) {
+        const float* w = s + 8 * c;
+        u32 a[4] = {pack(w[0], w[1]), pack(w[2], w[3]), pack(w[4], w[5]), pack(w[6], w[7])};
+#pragma unroll
+        for (int u = 0; u < Q / 16; u++) {
+            u32 f[4];
+            ldsm4(f, frag_b<NN>(x, u * 16, c * 16));
+            mma(r[2 * u], a, f);
+            mma(r[2 * u + 1], a, f + 2);
+            ldsm4(f, frag_b<NN>(z, u * 16, c * 16));
+            mma(y[2 * u], a, f);
+            mma(y[2 * u + 1], a, f + 2);
         }
     }
 }
@@ -486,66 +528,67 @@ template <bool OUT> __device__ __forceinline__ void walk(const bf16* q, const bf
     LANE
     Own own(G, H, P);
     i64 b = blockIdx.z;
-    Tiles at = {T, chunk};
-    int per = at.per(), tiles = at.all(), chunks = tiles / per, from = OUT ? 0 : blockIdx.y * per, to = OUT ? tiles : from + per, p = warp * 16;
-    while (to > from && at.len(to - 1) <= 0) to--;
+    Tiles tiles(T, chunk);
+    int from = OUT ? 0 : blockIdx.y * tiles.per, to = OUT ? tiles.all : from + tiles.per, p = warp * 16;
+    while (to > from && tiles.at(to - 1).len <= 0) to--;
     constexpr u32 STAGE = KT + PT + QT + ENDS;
     u32 base = shared_address(shared), qtile = base + 2 * STAGE, mtile = qtile + KT;
     i64 NP = (i64)N * P;
-    auto issue = [&](int i) {
+    auto issue = [&](int i, const Tile& x) {
         u32 stage = (i - from & 1) * STAGE;
-        int len = at.len(i);
-        i64 row = b * T + at.start(i), place = (b * tiles + i) * H + own.h;
-        fetch<NN, Q, WALKERS>(base + stage, k + (row * G + own.group) * N, (i64)G * N, len, N);
-        fetch<PB, Q, WALKERS>(base + stage + KT, v + (row * H + own.h) * P + own.p0, (i64)H * P, len, P - own.p0);
+        i64 row = b * T + x.start, place = (b * tiles.all + i) * H + own.h;
+        fetch<NN, Q, WALKERS>(base + stage, k + (row * G + own.group) * N, (i64)G * N, x.len, N);
+        fetch<PB, Q, WALKERS>(base + stage + KT, v + (row * H + own.h) * P + own.p0, (i64)H * P, x.len, P - own.p0);
         fetch<Q, Q, WALKERS, true>(base + stage + KT + PT, inv + place * Q * Q, Q, Q, Q);
         fetch_floats<2 * Q, WALKERS>(shared + stage + KT + PT + QT, ends + place * 4 * Q);
     };
-    auto issue_q = [&](int i) {
-        fetch<NN, Q, WALKERS>(qtile, q + ((b * T + at.start(i)) * G + own.group) * N, (i64)G * N, at.len(i), N);
-        fetch<Q, Q, WALKERS, true>(mtile, mix + ((b * tiles + i) * H + own.h) * Q * Q, Q, Q, Q);
+    auto issue_q = [&](int i, const Tile& x) {
+        fetch<NN, Q, WALKERS>(qtile, q + ((b * T + x.start) * G + own.group) * N, (i64)G * N, x.len, N);
+        fetch<Q, Q, WALKERS, true>(mtile, mix + ((b * tiles.all + i) * H + own.h) * Q * Q, Q, Q, Q);
     };
     float s[NN / 2];
-    if (init) init += OUT ? (b * H + own.h) * NP : ((b * chunks + blockIdx.y) * H + own.h) * NP;
+    if (init) init += OUT ? (b * H + own.h) * NP : ((b * tiles.chunks + blockIdx.y) * H + own.h) * NP;
     load_state(s, init, own.p0 + p, N, P);
+    Tile x = tiles.at(from), next;
     if (from < to) {
-        issue(from);
-        if (OUT) issue_q(from);
+        issue(from, x);
+        if (OUT) issue_q(from, x);
     }
     cp_commit();
-    for (int i = from; i < to; i++) {
+    for (int i = from; i < to; i++, x = next) {
+        next = tiles.after(x);
         u32 stage = (i - from & 1) * STAGE, ktile = base + stage, vtile = ktile + KT, itile = vtile + PT;
         const float *in = (const float*)(shared + stage + KT + PT + QT), *out = in + Q;
         cp_wait<0>();
         __syncthreads();
-        if (i + 1 < to) issue(i + 1);
+        if (i + 1 < to) issue(i + 1, next);
         cp_commit();
         if (OUT) {
-            if (saved && i % per == 0) store_state(s, saved + ((b * chunks + i / per) * H + own.h) * NP, own.p0 + p, N, P);
+            if (saved && x.nth == 0) store_state(s, saved + ((b * tiles.chunks + x.chunk) * H + own.h) * NP, own.p0 + p, N, P);
         } else {
-            narrow_state(s, states + ((b * tiles + i) * H + own.h) * P * NN, own.p0 + p, P);
+            narrow_state(s, states + ((b * tiles.all + i) * H + own.h) * P * NN, own.p0 + p, P);
         }
         u32 a[Q / 16][4], last[Q / 16][4];
+        float y[Q / 8][4] = {};
         {
             float r[Q / 8][4] = {}, d[Q / 8][4] = {};
-            read_state(r, s, ktile);
-            u32 x[Q / 16][4];
-            columns(x, vtile, p);
+            if (OUT) read_state(r, y, s, ktile, qtile);
+            else read_state(r, s, ktile);
+            u32 u[Q / 16][4];
+            columns(u, vtile, p);
 #pragma unroll
             for (int c = 0; c < Q / 16; c++)
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     float* w = r[2 * c + (e >> 1)] + (e & 1) * 2;
                     float2 f = *(const float2*)(in + c * 16 + (e >> 1) * 8 + t * 2);
-                    a[c][e] = pack(low(x[c][e]) - f.x * w[0], high(x[c][e]) - f.y * w[1]);
+                    a[c][e] = pack(low(u[c][e]) - f.x * w[0], high(u[c][e]) - f.y * w[1]);
                 }
             triangle<false>(d, a, itile);
             operand(a, d, [](float w, int) { return w; });
             operand(last, d, [&](float w, int j) { return w * out[j]; });
         }
         if (OUT) {
-            float y[Q / 8][4] = {};
-            read_state(y, s, qtile);
 #pragma unroll
             for (int j = 0; j < Q / 8; j++) {
                 float2 f = *(const float2*)(in + j * 8 + t * 2);
@@ -557,9 +600,9 @@ template <bool OUT> __device__ __forceinline__ void walk(const bf16* q, const bf
         // The warp's own columns of v are in registers: o or D takes their place.
         put_columns(vtile, p, a);
         __syncthreads();
-        if (OUT && i + 1 < to) issue_q(i + 1);
+        if (OUT && i + 1 < to) issue_q(i + 1, next);
         cp_commit();
-        put<PB, Q, WALKERS>(o + ((b * T + at.start(i)) * H + own.h) * P + own.p0, (i64)H * P, vtile, at.len(i), P - own.p0);
+        put<PB, Q, WALKERS>(o + ((b * T + x.start) * H + own.h) * P + own.p0, (i64)H * P, vtile, x.len, P - own.p0);
         float decay = in[Q - 1];
 #pragma unroll
         for (int j = 0; j < NN / 2; j++) s[j] *= decay;
@@ -581,39 +624,40 @@ KERNEL __launch_bounds__(WALKERS) delta_dstates(const bf16* q, const bf16* k, co
     LANE
     Own own(G, H, P);
     i64 b = blockIdx.z;
-    Tiles at = {T, chunk};
-    int tiles = at.all(), n = tiles, p = warp * 16;
-    while (n > 0 && at.len(n - 1) <= 0) n--;
+    Tiles tiles(T, chunk);
+    int n = tiles.all, p = warp * 16;
+    while (n > 0 && tiles.at(n - 1).len <= 0) n--;
     constexpr u32 STAGE = 2 * KT + PT + ENDS;
     u32 base = shared_address(shared), mtile = base + 2 * STAGE, itile = mtile + QT;
-    auto issue = [&](int i) {
+    auto issue = [&](int i, const Tile& tile_) {
         u32 stage = (i & 1) * STAGE;
-        int len = at.len(i);
-        i64 row = b * T + at.start(i), key = (row * G + own.group) * N;
-        fetch<NN, Q, WALKERS>(base + stage, k + key, (i64)G * N, len, N);
-        fetch<NN, Q, WALKERS>(base + stage + KT, q + key, (i64)G * N, len, N);
-        fetch<PB, Q, WALKERS>(base + stage + 2 * KT, dout + (row * H + own.h) * P + own.p0, (i64)H * P, len, P - own.p0);
-        fetch_floats<2 * Q, WALKERS>(shared + stage + 2 * KT + PT, ends + ((b * tiles + i) * H + own.h) * 4 * Q);
+        i64 row = b * T + tile_.start, key = (row * G + own.group) * N;
+        fetch<NN, Q, WALKERS>(base + stage, k + key, (i64)G * N, tile_.len, N);
+        fetch<NN, Q, WALKERS>(base + stage + KT, q + key, (i64)G * N, tile_.len, N);
+        fetch<PB, Q, WALKERS>(base + stage + 2 * KT, dout + (row * H + own.h) * P + own.p0, (i64)H * P, tile_.len, P - own.p0);
+        fetch_floats<2 * Q, WALKERS>(shared + stage + 2 * KT + PT, ends + ((b * tiles.all + i) * H + own.h) * 4 * Q);
     };
     auto issue_m = [&](int i) {
-        i64 place = ((b * tiles + i) * H + own.h) * Q * Q;
+        i64 place = ((b * tiles.all + i) * H + own.h) * Q * Q;
         fetch<Q, Q, WALKERS, true>(mtile, mix + place, Q, Q, Q);
         fetch<Q, Q, WALKERS, true>(itile, inv + place, Q, Q, Q);
     };
     float s[NN / 2] = {};
+    Tile tile_ = tiles.at(n - 1), next;
     if (n > 0) {
-        issue(n - 1);
+        issue(n - 1, tile_);
         issue_m(n - 1);
     }
     cp_commit();
-    for (int i = n - 1; i >= 0; i--) {
+    for (int i = n - 1; i >= 0; i--, tile_ = next) {
+        next = tiles.before(tile_);
         u32 stage = (i & 1) * STAGE, ktile = base + stage, qtile = ktile + KT, otile = qtile + KT;
         const float *in = (const float*)(shared + stage + 2 * KT + PT), *out = in + Q;
         cp_wait<0>();
         __syncthreads();
-        if (i > 0) issue(i - 1);
+        if (i > 0) issue(i - 1, next);
         cp_commit();
-        narrow_state(s, dstates + ((b * tiles + i) * H + own.h) * P * NN, own.p0 + p, P);
+        narrow_state(s, dstates + ((b * tiles.all + i) * H + own.h) * P * NN, own.p0 + p, P);
         u32 x[Q / 16][4], a[Q / 16][4];
         columns(x, otile, p);
         {
@@ -634,7 +678,7 @@ KERNEL __launch_bounds__(WALKERS) delta_dstates(const bf16* q, const bf16* k, co
         __syncthreads();
         if (i > 0) issue_m(i - 1);
         cp_commit();
-        put<PB, Q, WALKERS>(dv + ((b * T + at.start(i)) * H + own.h) * P + own.p0, (i64)H * P, otile, at.len(i), P - own.p0);
+        put<PB, Q, WALKERS>(dv + ((b * T + tile_.start) * H + own.h) * P + own.p0, (i64)H * P, otile, tile_.len, P - own.p0);
 #pragma unroll
         for (int c = 0; c < Q / 16; c++)
 #pragma unroll
@@ -678,14 +722,14 @@ KERNEL __launch_bounds__(GRADERS, 1) delta_grads(const bf16* q, const bf16* k, c
     i64 b = blockIdx.z;
     int tile_ = blockIdx.x, tiles = gridDim.x, group = blockIdx.y / splits, split = blockIdx.y % splits;
     int each = H / G, h_from = group * each + each * split / splits, h_to = group * each + each * (split + 1) / splits;
-    Tiles at = {T, chunk};
-    int len = at.len(tile_);
+    Tile at = Tiles(T, chunk).at(tile_);
+    int len = at.len;
     if (len <= 0) return;
     constexpr u32 X = Q * PP * 2, SS = PP * NN * 2, STAGE = 3 * X + 2 * SS;
     u32 base = shared_address(shared), ktile = base + STAGES * STAGE, qtile = ktile + KT;
     float* scalars = (float*)(shared + STAGES * STAGE + 2 * KT);
     Sums* sums = (Sums*)(scalars + 4 * 4 * Q);
-    i64 row = b * T + at.start(tile_);
+    i64 row = b * T + at.start;
     u64 starts = starts_of(pos, row, len, bits);
     int slices = (P + PP - 1) / PP, n_it = (h_to - h_from) * slices;
     auto issue = [&](int it) {
