@@ -1,6 +1,6 @@
 //! Which backend runs: the choice is a fact found at run time.
 
-use marimba_backend::dfdx::DfdxEngine;
+use marimba_backend::dfdx::{self, DfdxEngine};
 use marimba_backend::{BackendError, CpuEngine, CudaEngine, Engine};
 use marimba_dsl::run::Backend;
 
@@ -32,7 +32,13 @@ pub fn open_with(
     match backend {
         Backend::Auto => cuda().or_else(|_| cpu()),
         Backend::Cpu => cpu(),
-        Backend::Dfdx => Ok(Box::new(<DfdxEngine>::default())),
+        Backend::Dfdx => match dfdx::usable() {
+            Ok(()) => Ok(Box::new(<DfdxEngine>::default())),
+            Err(why) => Err(BackendError::NoDevice {
+                name: "dfdx".into(),
+                why,
+            }),
+        },
         Backend::Cuda => cuda(),
     }
 }

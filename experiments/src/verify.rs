@@ -5,18 +5,19 @@ use crate::checkpoint::hf::{self, Opened, Quirk};
 use crate::checkpoint::{CheckpointError, Source};
 use crate::generate::{GenerateError, Session, argmax, input_names};
 use marimba_backend::{BackendError, Engine, HostTensor, Outputs};
-use marimba_dsl::model::{Ffn, Layer, Model};
+use marimba_dsl::model::Model;
 use marimba_ir::lower::Logits;
 use marimba_ir::pass::{self, PassError};
 use marimba_ir::{DType, Options, TypeError, differentiate, lower, plan};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::Path;
 
-/// What passes.
+/// What passes in f32: largest relative deviations, `max|a-b| / max|b|` of a tensor, each tensor alone.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Limits {
-    /// Relative deviation of logits, hidden states and logits of generation.
+    /// Of logits, hidden states and logits of generation.
     pub logits: f64,
     /// Of the loss.
     pub loss: f64,
@@ -26,10 +27,6 @@ pub struct Limits {
     pub gradient_norm: f64,
     /// Share of generated ids that may differ.
     pub ids: f64,
-    /// Whether a deviation is that of the largest element, `max|a-b| / max|b|`, and every gradient counts alone. Otherwise it is that of a
-    /// whole tensor, `|a-b| / |b|`, and all gradients are one tensor: a token that bf16 sends to another expert is wrong altogether, and
-    /// gradients of few numbers that are sums over all tokens mean little there.
-    pub each: bool,
 }
 
 impl Limits {
@@ -40,51 +37,117 @@ impl Limits {
         gradient: 1e-3,
         gradient_norm: 1e-3,
         ids: 0.0,
-        each: true,
     };
+}
 
-    /// In bf16 against transformers' f32: about twice what an H200 gave on the worst fixture when they were set. They tell a broken kernel
-    /// from a rounded one, no more; that two fixtures went beyond them with later kernels, `tests/fixtures/hf/README.md` says.
-    pub const BF16: Limits = Limits {
-        logits: 16.0 * BF16_UNIT,
-        loss: BF16_UNIT,
-        gradient: 32.0 * BF16_UNIT,
-        gradient_norm: 4.0 * BF16_UNIT,
-        ids: 0.25,
-        each: false,
-    };
+/// In a narrow type: how many times as far from transformers' f32 as transformers' own run in that type, root mean square over
+/// roundings of the weights, a quantity may be. An implementation that rounds as much as transformers does has a ratio of 1; what is left
+/// is for two samples of such a mean, of numbers that single tokens sent to another expert dominate.
+pub const NARROW_RATIO: f64 = 2.0;
 
-    /// The same where a model has experts: a token that goes to another one has other logits and moves other weights.
-    pub const BF16_ROUTED: Limits = Limits {
-        logits: 4.0 * Limits::BF16.logits,
-        gradient: 4.0 * Limits::BF16.gradient,
-        gradient_norm: 4.0 * Limits::BF16.gradient_norm,
-        ..Limits::BF16
-    };
+/// Share of generated ids that may differ in a narrow type, where nearly equal logits may change places.
+pub const NARROW_IDS: f64 = 0.25;
 
-    fn of(compute: DType, model: &Model) -> Limits {
-        let routes = |l: &Layer| matches!(l.ffn.as_ref().map(|f| &f.body), Some(Ffn::Moe(_)));
-        match (compute, model.layers.iter().any(routes)) {
-            (DType::F32 | DType::I32, _) => Limits::F32,
-            (DType::Bf16 | DType::F16, false) => Limits::BF16,
-            (DType::Bf16 | DType::F16, true) => Limits::BF16_ROUTED,
-        }
-    }
+/// What a narrow type costs transformers on a case: the file `bf16.json` beside the expected tensors.
+#[derive(Clone, Debug, Deserialize)]
+struct Peer {
+    /// How many roundings of the weights its means are over; as many are run here.
+    roundings: u64,
+    /// Root mean square deviation from f32 by quantity, as `short.logits` or `short.hidden.2`.
+    deviation: BTreeMap<String, f64>,
+}
 
+/// How a comparison is judged.
+enum Judge {
+    /// Each tensor by its largest element.
+    Each(Limits),
+    /// Whole tensors, `|a-b| / |b|`, all gradients as one, by transformers' own deviations: a token that goes to another expert is wrong
+    /// altogether, and gradients of few numbers that are sums over all tokens mean little.
+    Whole(Peer),
+}
+
+impl Judge {
     fn deviation(&self, a: &[f32], b: &[f32]) -> f64 {
-        match self.each {
-            true => deviation(a, b),
-            false => {
+        match self {
+            Judge::Each(_) => deviation(a, b),
+            Judge::Whole(_) => {
                 let mut all = Together::default();
                 all.add(a, b);
                 all.apart()
             }
         }
     }
+
+    /// Whether every gradient counts alone.
+    fn each(&self) -> bool {
+        matches!(self, Judge::Each(_))
+    }
+
+    fn roundings(&self) -> u64 {
+        match self {
+            Judge::Each(_) => 1,
+            Judge::Whole(peer) => peer.roundings,
+        }
+    }
 }
 
-/// What rounding to bf16 changes at most, relative.
-const BF16_UNIT: f64 = 1.0 / 256.0;
+/// Every deviation found, in order: quantity, place, and the deviation in each rounding.
+#[derive(Default)]
+struct Found(Vec<(String, String, Vec<f64>)>);
+
+impl Found {
+    fn note(&mut self, quantity: &str, place: &str, deviation: f64) {
+        let at = self
+            .0
+            .iter()
+            .position(|(q, p, _)| q == quantity && p == place);
+        match at {
+            Some(i) => self.0[i].2.push(deviation),
+            None => {
+                let new = (quantity.to_string(), place.to_string(), vec![deviation]);
+                self.0.push(new);
+            }
+        }
+    }
+
+    /// The report: of each quantity the place that is worst beside its limit.
+    fn judged(&self, judge: &Judge, tokens: &dyn Fn(&str) -> f64) -> Report {
+        let mut report = Report {
+            pass: true,
+            quantities: Vec::new(),
+        };
+        for (quantity, place, deviations) in &self.0 {
+            let squares: f64 = deviations.iter().map(|d| d * d).sum();
+            let deviation = (squares / deviations.len() as f64).sqrt();
+            let ids = quantity == "generated";
+            let split = place.split([':', '.']).next().unwrap_or(place);
+            let limit = match judge {
+                Judge::Each(limits) => match quantity.as_str() {
+                    "loss" => limits.loss,
+                    "gradients" => limits.gradient,
+                    "generated" => (limits.ids * tokens(split)).floor(),
+                    "long_grad_norm" | "short_grad_norm" => limits.gradient_norm,
+                    _ => limits.logits,
+                },
+                Judge::Whole(_) if ids => NARROW_IDS * tokens(split),
+                Judge::Whole(peer) => {
+                    let key = match quantity.as_str() {
+                        "hidden" => place.clone(),
+                        "long_grad_norm" | "short_grad_norm" => format!("{split}.grad_norm"),
+                        other => format!("{split}.{other}"),
+                    };
+                    // What transformers was not asked is not compared.
+                    match peer.deviation.get(&key) {
+                        Some(d) => NARROW_RATIO * d,
+                        None => continue,
+                    }
+                }
+            };
+            report.note(quantity, limit, deviation, place);
+        }
+        report
+    }
+}
 
 /// Tensors compared as one.
 #[derive(Default)]
@@ -145,9 +208,10 @@ pub enum VerifyError {
 pub struct Quantity {
     /// `logits`, `loss`, `hidden`, `gradients`, `long_grad_norm`, `generated` or `gen_logits`.
     pub name: String,
-    /// Worst relative deviation of a tensor; for `generated` the number of differing ids.
+    /// Relative deviation of the tensor that is worst beside its limit; for `generated` the number of differing ids. In a narrow type the
+    /// root of the mean square over roundings of the weights.
     pub worst: f64,
-    /// Largest deviation that passes.
+    /// Largest deviation that passes there.
     pub limit: f64,
     /// Whether it passed.
     pub pass: bool,
@@ -188,8 +252,10 @@ impl Report {
             }
         };
         let q = &mut self.quantities[at];
-        if deviation > q.worst {
+        // By products, since a limit may be 0.
+        if q.worst < 0.0 || deviation * q.limit > q.worst * limit || deviation > limit && q.pass {
             q.worst = deviation;
+            q.limit = limit;
             q.place = place.to_string();
             q.pass = deviation <= limit;
             self.pass &= q.pass;
@@ -262,10 +328,12 @@ pub fn verify(
     verify_in(DType::F32, dir, expected, quirks, make)
 }
 
-/// [`verify`] with activations and matrices of another type, against the limits of that type.
+/// [`verify`] with activations and matrices of another type. In a narrow one the weights are rounded several times, to nearest and at
+/// random, and the deviations from transformers' f32 are compared with those of transformers in that type ([`NARROW_RATIO`]), which
+/// `bf16.json` beside the expected file holds: which token goes to another expert, and a large part of a gradient with it, is chance.
 ///
 /// # Errors
-/// As [`verify`].
+/// As [`verify`]; a narrow type without that file.
 pub fn verify_in(
     compute: DType,
     dir: &Path,
@@ -292,10 +360,26 @@ pub fn verify_in(
             .map_err(|e| complain(format!("case.json beside it: {e}")))?,
         Err(_) => Value::Null,
     };
-    let mut report = Report {
-        pass: true,
-        quantities: Vec::new(),
+    let judge = match compute {
+        DType::F32 | DType::I32 => Judge::Each(Limits::F32),
+        DType::Bf16 | DType::F16 => {
+            let name = format!("{compute}.json");
+            let text = std::fs::read_to_string(expected.with_file_name(&name)).map_err(|e| {
+                complain(format!(
+                    "{name} beside it, which says how far transformers in {compute} is from its f32: {e}; make_fixtures.py --{compute} \
+                     writes it"
+                ))
+            })?;
+            let peer: Peer = serde_json::from_str(&text)
+                .map_err(|e| complain(format!("{name} beside it: {e}")))?;
+            if peer.roundings == 0 {
+                return Err(complain(format!("{name} beside it has no roundings")));
+            }
+            Judge::Whole(peer)
+        }
     };
+    let mut found = Found::default();
+    let mut tokens = BTreeMap::new();
     for name in ["short", "long"] {
         let key = format!("{name}.input_ids");
         let Some(spec) = file.spec(&key) else {
@@ -334,12 +418,14 @@ pub fn verify_in(
             model: &model,
             file: &file,
             compute,
-            limits: Limits::of(compute, &model),
+            judge: &judge,
             make,
         };
-        forward(&cx, &split, norms, &mut report)?;
-        decode(&cx, &split, &mut report)?;
+        forward(&cx, &split, norms, &mut found)?;
+        let n = decode(&cx, &split, &mut found)?;
+        tokens.insert(name, (batch * n) as f64);
     }
+    let mut report = found.judged(&judge, &|split| tokens.get(split).copied().unwrap_or(0.0));
     if report.quantities.is_empty() {
         return Err(complain(
             "nothing to compare; expected short.input_ids with short.logits and the like".into(),
@@ -367,32 +453,61 @@ struct Cx<'a> {
     model: &'a Model,
     file: &'a Source,
     compute: DType,
-    limits: Limits,
+    judge: &'a Judge,
     make: &'a MakeEngine<'a>,
 }
 
-fn upload(opened: &Opened, engine: &mut dyn Engine) -> Result<(), VerifyError> {
-    for (i, p) in opened.params.iter().enumerate() {
-        engine.write(
-            &format!("param:{}", p.name),
-            &p.ty,
-            &HostTensor::F32(opened.param(i)?),
-        )?;
+/// Gives the engine the weights. In a narrow type all of them are what a checkpoint in that type holds: rounded to nearest, and in later
+/// roundings up or down at random, each as likely as it is near.
+fn upload(cx: &Cx, rounding: u64, engine: &mut dyn Engine) -> Result<(), VerifyError> {
+    for (i, p) in cx.opened.params.iter().enumerate() {
+        let mut x = cx.opened.param(i)?;
+        if !cx.judge.each() && p.trainable {
+            let mut noise = SplitMix(rounding << 32 | i as u64);
+            for x in &mut x {
+                *x = match rounding {
+                    0 => round_bf16(*x, 0x7fff + (x.to_bits() >> 16 & 1)),
+                    _ => round_bf16(*x, (noise.next() >> 48) as u32),
+                };
+            }
+        }
+        engine.write(&format!("param:{}", p.name), &p.ty, &HostTensor::F32(x))?;
     }
     Ok(())
+}
+
+/// Rounds to bf16, upwards where what is cut off and `add` carry; numbers that are not finite stay.
+fn round_bf16(x: f32, add: u32) -> f32 {
+    match x.is_finite() {
+        true => f32::from_bits(x.to_bits().wrapping_add(add) & 0xffff_0000),
+        false => x,
+    }
+}
+
+/// Random bits: SplitMix64 (Steele, Lea and Flood 2014).
+struct SplitMix(u64);
+
+impl SplitMix {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
 }
 
 fn forward(
     cx: &Cx,
     split: &Split,
     norms: Option<&serde_json::Map<String, Value>>,
-    report: &mut Report,
+    found: &mut Found,
 ) -> Result<(), VerifyError> {
     let Cx {
         opened,
         model,
         file,
-        limits,
+        judge,
         ..
     } = cx;
     let Split {
@@ -450,7 +565,7 @@ fn forward(
     let names = input_names(&graph);
     let plan = plan(&graph);
     let mut engine = (cx.make)()?;
-    upload(opened, engine.as_mut())?;
+    upload(cx, 0, engine.as_mut())?;
     let program = engine.load(graph, plan)?;
     let target = |k: usize| if k % t + 1 < t { ids[k + 1] } else { -100 };
     let inputs = [
@@ -470,76 +585,72 @@ fn forward(
         .into_iter()
         .filter(|(n, _)| names.iter().any(|m| m == n))
         .collect();
-    let out = engine.run(program, &inputs)?;
-
     let got = |key: &str, out: &Outputs| out.get(key).map(|h| h.f32().to_vec()).unwrap_or_default();
-    if want("logits") {
-        let d = limits.deviation(
-            &got("logits", &out),
-            &file.tensor(&format!("{name}.logits"))?.to_f32(),
-        );
-        report.note("logits", limits.logits, d, name);
-    }
-    if want("loss") {
-        let d = limits.deviation(
-            &got("loss", &out),
-            &file.tensor(&format!("{name}.loss"))?.to_f32(),
-        );
-        report.note("loss", limits.loss, d, name);
-    }
-    for i in hidden {
-        let key = format!("{name}.hidden.{i}");
-        let right = file.tensor(&key)?.to_f32();
-        let all = got(&format!("hidden.{i}"), &out);
-        // Batch row 0.
-        let d = limits.deviation(all.get(..right.len()).unwrap_or_default(), &right);
-        report.note("hidden", limits.logits, d, &key);
-    }
-    if !backward {
-        return Ok(());
-    }
-    let ours = |p: usize| match engine.read(&format!("grad:{}", opened.params[p].name)) {
-        Ok(HostTensor::F32(g)) => g,
-        _ => vec![f32::NAN; opened.params[p].ty.len()],
-    };
     let index = |name: &str| opened.table.foreign.iter().position(|f| f.name == name);
-    let mut all = Together::default();
-    for g in &gradients {
-        let right = file.tensor(&format!("{name}.grad.{g}"))?.to_f32();
-        let mine = match index(g) {
-            Some(k) => opened.table.gather(k, &opened.params, &ours),
-            None => Vec::new(),
-        };
-        if limits.each {
-            let d = deviation(&mine, &right);
-            report.note("gradients", limits.gradient, d, &format!("{name}: {g}"));
+    for rounding in 0..judge.roundings() {
+        if rounding > 0 {
+            upload(cx, rounding, engine.as_mut())?;
         }
-        all.add(&mine, &right);
-    }
-    if !limits.each && !gradients.is_empty() {
-        report.note("gradients", limits.gradient, all.apart(), name);
-    }
-    let quantity = format!("{name}_grad_norm");
-    let (mut mine2, mut right2) = (0.0f64, 0.0f64);
-    for (g, norm) in norms.into_iter().flatten() {
-        let right = norm.as_f64().unwrap_or(f64::NAN);
-        let mine = match index(g) {
-            Some(k) => {
-                let grad = opened.table.gather(k, &opened.params, &ours);
-                grad.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>()
+        let out = engine.run(program, &inputs)?;
+        for what in ["logits", "loss"] {
+            if want(what) {
+                let right = file.tensor(&format!("{name}.{what}"))?.to_f32();
+                let d = judge.deviation(&got(what, &out), &right);
+                found.note(what, name, d);
             }
-            None => f64::INFINITY,
-        };
-        if limits.each {
-            let d = relative(mine.sqrt(), right);
-            report.note(&quantity, limits.gradient_norm, d, g);
         }
-        mine2 += mine;
-        right2 += right.powi(2);
-    }
-    if !limits.each && norms.is_some() {
-        let d = relative(mine2.sqrt(), right2.sqrt());
-        report.note(&quantity, limits.gradient_norm, d, name);
+        for &i in &hidden {
+            let key = format!("{name}.hidden.{i}");
+            let right = file.tensor(&key)?.to_f32();
+            let all = got(&format!("hidden.{i}"), &out);
+            // Batch row 0.
+            let d = judge.deviation(all.get(..right.len()).unwrap_or_default(), &right);
+            found.note("hidden", &key, d);
+        }
+        if !backward {
+            continue;
+        }
+        let ours = |p: usize| match engine.read(&format!("grad:{}", opened.params[p].name)) {
+            Ok(HostTensor::F32(g)) => g,
+            _ => vec![f32::NAN; opened.params[p].ty.len()],
+        };
+        let mut all = Together::default();
+        for g in &gradients {
+            let right = file.tensor(&format!("{name}.grad.{g}"))?.to_f32();
+            let mine = match index(g) {
+                Some(k) => opened.table.gather(k, &opened.params, &ours),
+                None => Vec::new(),
+            };
+            if judge.each() {
+                let d = deviation(&mine, &right);
+                found.note("gradients", &format!("{name}: {g}"), d);
+            }
+            all.add(&mine, &right);
+        }
+        if !judge.each() && !gradients.is_empty() {
+            found.note("gradients", name, all.apart());
+        }
+        let quantity = format!("{name}_grad_norm");
+        let (mut mine2, mut right2) = (0.0f64, 0.0f64);
+        for (g, norm) in norms.into_iter().flatten() {
+            let right = norm.as_f64().unwrap_or(f64::NAN);
+            let mine = match index(g) {
+                Some(k) => {
+                    let grad = opened.table.gather(k, &opened.params, &ours);
+                    grad.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>()
+                }
+                None => f64::INFINITY,
+            };
+            if judge.each() {
+                let d = relative(mine.sqrt(), right);
+                found.note(&quantity, &format!("{name}: {g}"), d);
+            }
+            mine2 += mine;
+            right2 += right.powi(2);
+        }
+        if !judge.each() && norms.is_some() {
+            found.note(&quantity, name, relative(mine2.sqrt(), right2.sqrt()));
+        }
     }
     Ok(())
 }
@@ -550,13 +661,10 @@ fn relative(a: f64, b: f64) -> f64 {
     if b == 0.0 { apart } else { apart / b.abs() }
 }
 
-fn decode(cx: &Cx, split: &Split, report: &mut Report) -> Result<(), VerifyError> {
+/// Compares cached decoding; the number of tokens of a row.
+fn decode(cx: &Cx, split: &Split, found: &mut Found) -> Result<usize, VerifyError> {
     let Cx {
-        opened,
-        model,
-        file,
-        limits,
-        ..
+        model, file, judge, ..
     } = cx;
     let Split {
         name,
@@ -566,7 +674,7 @@ fn decode(cx: &Cx, split: &Split, report: &mut Report) -> Result<(), VerifyError
     } = split;
     let key = format!("{name}.generated");
     let Some(spec) = file.spec(&key) else {
-        return Ok(());
+        return Ok(0);
     };
     let n = spec.shape.last().copied().unwrap_or(0);
     let right: Vec<i32> = file
@@ -581,51 +689,38 @@ fn decode(cx: &Cx, split: &Split, report: &mut Report) -> Result<(), VerifyError
         None => None,
     };
     let mut engine = (cx.make)()?;
-    upload(opened, engine.as_mut())?;
-    let mut session =
-        Session::new(engine.as_mut(), model, *batch, len + n).computing_in(cx.compute);
     let prompts: Vec<Vec<i32>> = ids.chunks(*len).map(<[i32]>::to_vec).collect();
     let v = model.vocab_size;
-    let (mut wrong, mut first) = (0usize, String::new());
-    let mut all = vec![0.0; batch * n * v];
-    let mut logits = session.prefill(&prompts)?;
-    for step in 0..n {
-        for row in 0..*batch {
-            let mine = &logits[row * v..(row + 1) * v];
-            all[(row * n + step) * v..][..v].copy_from_slice(mine);
-            // Later steps are fed the expected ids, so that one wrong token counts once.
-            if argmax(mine) != right[row * n + step] {
-                wrong += 1;
-                if first.is_empty() {
-                    first = format!("{name}: row {row}, token {step}");
+    for rounding in 0..judge.roundings() {
+        upload(cx, rounding, engine.as_mut())?;
+        let mut session =
+            Session::new(engine.as_mut(), model, *batch, len + n).computing_in(cx.compute);
+        let (mut wrong, mut first) = (0usize, name.to_string());
+        let mut all = vec![0.0; batch * n * v];
+        let mut logits = session.prefill(&prompts)?;
+        for step in 0..n {
+            for row in 0..*batch {
+                let mine = &logits[row * v..(row + 1) * v];
+                all[(row * n + step) * v..][..v].copy_from_slice(mine);
+                // Later steps are fed the expected ids, so that one wrong token counts once.
+                if argmax(mine) != right[row * n + step] {
+                    if wrong == 0 && judge.each() {
+                        first = format!("{name}: row {row}, token {step}");
+                    }
+                    wrong += 1;
                 }
             }
+            if step + 1 < n {
+                let next: Vec<i32> = (0..*batch).map(|row| right[row * n + step]).collect();
+                logits = session.step(&next)?;
+            }
         }
-        if step + 1 < n {
-            let next: Vec<i32> = (0..*batch).map(|row| right[row * n + step]).collect();
-            logits = session.step(&next)?;
+        found.note("generated", &first, wrong as f64);
+        if let Some(stored) = &stored {
+            found.note("gen_logits", name, judge.deviation(&all, stored));
         }
     }
-    let place = if first.is_empty() {
-        name
-    } else {
-        first.as_str()
-    };
-    report.note(
-        "generated",
-        (limits.ids * (*batch * n) as f64).floor(),
-        wrong as f64,
-        place,
-    );
-    if let Some(stored) = stored {
-        report.note(
-            "gen_logits",
-            limits.logits,
-            limits.deviation(&all, &stored),
-            name,
-        );
-    }
-    Ok(())
+    Ok(n)
 }
 
 #[cfg(test)]
@@ -635,11 +730,15 @@ mod tests {
     #[test]
     fn tensors_are_compared_each_or_together() {
         let (a, b) = ([1.0, 2.0, 4.0], [1.0, 2.0, 2.0]);
-        assert_eq!(Limits::F32.deviation(&a, &b), 1.0);
-        assert_eq!(Limits::BF16.deviation(&a, &b), 2.0 / 3.0);
-        assert!(Limits::BF16.deviation(&a[..2], &b).is_infinite());
-        assert!(Limits::BF16.deviation(&[f32::NAN], &[1.0]).is_nan());
-        assert_eq!(Limits::BF16.deviation(&[0.5], &[0.0]), 0.5);
+        let whole = Judge::Whole(Peer {
+            roundings: 1,
+            deviation: BTreeMap::new(),
+        });
+        assert_eq!(Judge::Each(Limits::F32).deviation(&a, &b), 1.0);
+        assert_eq!(whole.deviation(&a, &b), 2.0 / 3.0);
+        assert!(whole.deviation(&a[..2], &b).is_infinite());
+        assert!(whole.deviation(&[f32::NAN], &[1.0]).is_nan());
+        assert_eq!(whole.deviation(&[0.5], &[0.0]), 0.5);
     }
 
     #[test]

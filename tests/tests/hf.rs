@@ -2,8 +2,12 @@
 
 #![allow(clippy::unwrap_used)] // a test that cannot go on has failed
 
+use marimba_backend::dfdx::{Device, DfdxEngine};
+use marimba_backend::{BackendError, CpuEngine, CudaEngine, Engine};
 use marimba_experiments::checkpoint::hf::{self, ExportOptions};
 use marimba_experiments::checkpoint::{Checkpoint, Source};
+use marimba_experiments::verify::{MakeEngine, Report, verify, verify_in};
+use marimba_ir::DType;
 use std::path::{Path, PathBuf};
 
 fn cases() -> Vec<PathBuf> {
@@ -232,18 +236,83 @@ fn weights_that_are_not_numbers_are_named() {
     assert_eq!(report.not_finite.len(), 1, "{:?}", report.not_finite);
 }
 
-/// Runs `verify` on a case; all quantities must pass within the limits of the oracle's README.
-fn verify_case(case: &str, make: &marimba_experiments::verify::MakeEngine) {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR"))
+fn fixture(case: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("fixtures/hf/public")
-        .join(case);
+        .join(case)
+}
+
+/// Runs `verify` on a case; all quantities must pass within the limits of the oracle's README.
+fn verify_case(case: &str, make: &MakeEngine) {
+    let dir = fixture(case);
     let quirks = [hf::Quirk::DecodeIgnoresDtLimit];
-    let report =
-        marimba_experiments::verify::verify(&dir, &dir.join("expected.safetensors"), &quirks, make)
-            .unwrap_or_else(|e| panic!("{case}: {e}"));
+    let report = verify(&dir, &dir.join("expected.safetensors"), &quirks, make)
+        .unwrap_or_else(|e| panic!("{case}: {e}"));
     println!("{case}\n{}", report.table());
     assert_eq!(report.quantities.len(), 7, "{case}\n{}", report.table());
     assert!(report.pass, "{case}\n{}", report.table());
+}
+
+/// The same in bf16, within twice of what bf16 costs transformers.
+fn verify_bf16(dir: &Path, expected: &Path, make: &MakeEngine) -> Report {
+    let quirks = [hf::Quirk::DecodeIgnoresDtLimit];
+    verify_in(
+        DType::Bf16,
+        dir,
+        &expected.join("expected.safetensors"),
+        &quirks,
+        make,
+    )
+    .unwrap_or_else(|e| panic!("{}: {e}", dir.display()))
+}
+
+fn verify_bf16_case(case: &str, make: &MakeEngine) {
+    let dir = fixture(case);
+    let report = verify_bf16(&dir, &dir, make);
+    println!("{case}\n{}", report.table());
+    assert_eq!(report.quantities.len(), 7, "{case}\n{}", report.table());
+    assert!(report.pass, "{case}\n{}", report.table());
+}
+
+/// A cpu backend that rounds what a graph stores in bf16.
+fn rounding() -> Result<Box<dyn Engine>, BackendError> {
+    let mut engine = CpuEngine::new(1)?;
+    engine.set_half_storage(true);
+    Ok(Box::new(engine))
+}
+
+/// What the limits in bf16 are for: small mistakes are seen, also where experts make the numbers noisy.
+#[test]
+fn a_slightly_wrong_model_is_seen_in_bf16() {
+    for (case, key, right, wrong) in [
+        ("mixtral-b", "sliding_window", "16", "17"),
+        ("granitemoehybrid-a", "residual_multiplier", "0.6", "0.618"),
+        ("jamba-a", "num_experts_per_tok", "2", "3"),
+        ("llama-a", "rope_theta", "10000.0", "11000.0"),
+    ] {
+        let tmp = tempfile::tempdir().unwrap();
+        let dir = tmp.path().join(case);
+        std::fs::create_dir(&dir).unwrap();
+        for file in ["model.safetensors", "config.json"] {
+            std::fs::copy(fixture(case).join(file), dir.join(file)).unwrap();
+        }
+        let text = std::fs::read_to_string(dir.join("config.json")).unwrap();
+        let (was, is) = (format!("\"{key}\": {right}"), format!("\"{key}\": {wrong}"));
+        assert!(text.contains(&was), "{case}: no {was}");
+        std::fs::write(dir.join("config.json"), text.replace(&was, &is)).unwrap();
+        let report = verify_bf16(&dir, &fixture(case), &rounding);
+        assert!(!report.pass, "{case} with {is}\n{}", report.table());
+    }
+}
+
+#[test]
+fn bf16_without_transformers_own_deviations_is_refused() {
+    let tmp = tempfile::tempdir().unwrap();
+    let dir = fixture("llama-a");
+    let expected = tmp.path().join("expected.safetensors");
+    std::fs::copy(dir.join("expected.safetensors"), &expected).unwrap();
+    let e = verify_in(DType::Bf16, &dir, &expected, &[], &rounding).unwrap_err();
+    assert!(e.to_string().contains("bf16.json beside it"), "{e}");
 }
 
 macro_rules! cases {
@@ -252,7 +321,7 @@ macro_rules! cases {
             use super::*;
             $(#[test]
             fn $name() {
-                verify_case($case, &|| Ok(Box::new(marimba_backend::dfdx::DfdxEngine::<marimba_backend::dfdx::Device>::default())));
+                verify_case($case, &|| Ok(Box::new(DfdxEngine::<Device>::default())));
             })*
         }
 
@@ -260,7 +329,15 @@ macro_rules! cases {
             use super::*;
             $(#[test]
             fn $name() {
-                verify_case($case, &|| Ok(Box::new(marimba_backend::CpuEngine::new(1)?)));
+                verify_case($case, &|| Ok(Box::new(CpuEngine::new(1)?)));
+            })*
+        }
+
+        mod bf16 {
+            use super::*;
+            $(#[test]
+            fn $name() {
+                verify_bf16_case($case, &rounding);
             })*
         }
 
@@ -269,8 +346,11 @@ macro_rules! cases {
             use super::*;
             $(#[test]
             fn $name() {
-                match marimba_backend::CudaEngine::new() {
-                    Ok(_) => verify_case($case, &|| Ok(Box::new(marimba_backend::CudaEngine::new()?))),
+                match CudaEngine::new() {
+                    Ok(_) => {
+                        verify_case($case, &|| Ok(Box::new(CudaEngine::new()?)));
+                        verify_bf16_case($case, &|| Ok(Box::new(CudaEngine::new()?)));
+                    }
                     Err(e) => eprintln!("skipped: {e}"),
                 }
             })*

@@ -196,6 +196,19 @@ impl CpuEngine {
             {
                 Ok(i)
             }
+            // Numbers that were written before any program said how they are stored.
+            Some(&i)
+                if self.half_storage
+                    && self.programs.is_empty()
+                    && self.stored[i].ty.len() == ty.len()
+                    && self.stored[i].ty.dtype == DType::F32
+                    && halves::is_half(ty.dtype) =>
+            {
+                let Stored { ty: old, buffer } = &mut self.stored[i];
+                *old = ty.clone();
+                halves::round(ty.dtype, &mut buffer.f32_mut()[..ty.len()]);
+                Ok(i)
+            }
             Some(&i) => Err(BackendError::WrongSize {
                 name: key.to_string(),
                 found: ty.len(),
@@ -298,6 +311,12 @@ impl Engine for CpuEngine {
                 expected: ty.to_string(),
             });
         }
+        // What a program stores in half precision is rounded to it.
+        let ty = match self.keys.get(key).map(|&i| &self.stored[i].ty) {
+            Some(s) if halves::is_half(s.dtype) && ty.dtype == DType::F32 => s.clone(),
+            Some(_) | None => ty.clone(),
+        };
+        let ty = &ty;
         let i = self.store(key, ty)?;
         let buffer = &mut self.stored[i].buffer;
         if halves::is_half(ty.dtype) {

@@ -31,9 +31,11 @@ mod stat;
 mod tape;
 #[cfg(test)]
 mod tests;
+mod usable;
 mod view;
 
 pub use engine::DfdxEngine;
+pub use usable::usable;
 
 use ::dfdx::prelude::{Device as DfdxDevice, Dtype};
 use marimba_ir::Type;

@@ -6,7 +6,8 @@
 //!
 //! What dfdx 0.13.0 gets wrong on a CPU is avoided here, once: `slice` overwrites instead of adding to the gradient of what it slices
 //! (rows are picked by `gather`), a product of a tensor with itself panics (the second operand is copied on the tape), and the
-//! derivative of the exact GELU has a wrong factor ([`Cx::gelu`] repairs it).
+//! derivative of the exact GELU has a wrong factor ([`Cx::gelu`] repairs it). On a GPU the gradient of a reshaped broadcast is cut off
+//! ([`Cx::expand`] adds to zeros instead).
 
 use dfdx::prelude::*;
 use std::cell::{Cell, RefCell};
@@ -321,10 +322,8 @@ impl<E: Dtype, D: Device<E>> Cx<E, D> {
         if r == 1 {
             return Ok(x.view(&[a, 1, b]));
         }
-        self.one(x, &[a, r, b], |x| {
-            x.try_reshape_like(&(a, b))?
-                .try_broadcast_like::<Dim3, Axis<1>>(&(a, r, b))
-        })
+        // A broadcast tensor may not be reshaped: on a GPU only as much of its gradient comes back as the tensor holds.
+        self.add_mid(&self.full(0.0, &[a, r, b])?, x, (a, r, b))
     }
 
     /// `y[a,b] = sum_r x[a,r,b]`.

@@ -3,7 +3,7 @@
 use super::{CliError, human_bytes, print_json};
 use crate::engine;
 use clap::Args;
-use marimba_backend::{BackendError, CudaEngine};
+use marimba_backend::{BackendError, CudaEngine, dfdx};
 use serde::Serialize;
 
 /// Say what this machine has.
@@ -43,6 +43,11 @@ pub(super) fn run(args: &DoctorArgs) -> Result<(), CliError> {
     // The engine's own start is the probe: what it needs, and what it says when that is missing, is known there alone.
     let cuda = CudaEngine::new().map(|e| e.device_name().to_string());
     let auto = "what --backend auto takes here";
+    let reference = dfdx::usable();
+    let on_gpu = match cfg!(feature = "dfdx-cuda") {
+        true => ", on dfdx's own GPU device",
+        false => "",
+    };
     let facts = Facts {
         version: env!("CARGO_PKG_VERSION"),
         os: std::env::consts::OS,
@@ -62,8 +67,13 @@ pub(super) fn run(args: &DoctorArgs) -> Result<(), CliError> {
             ),
             (
                 "dfdx",
-                true,
-                "the reference: every op composed of dfdx primitives, slow".to_string(),
+                reference.is_ok(),
+                match reference {
+                    Ok(()) => {
+                        format!("the reference: every op composed of dfdx primitives{on_gpu}, slow")
+                    }
+                    Err(why) => why,
+                },
             ),
             (
                 "cuda",

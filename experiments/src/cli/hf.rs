@@ -5,6 +5,7 @@ use crate::checkpoint::hf::{self, ExportOptions, Quirk};
 use crate::engine;
 use crate::verify::verify_in;
 use clap::{Args, ValueEnum};
+use marimba_backend::CpuEngine;
 use marimba_dsl::run::Backend;
 use marimba_ir::DType;
 use safetensors::Dtype;
@@ -107,7 +108,7 @@ pub(super) struct VerifyArgs {
     /// auto, cpu, dfdx or cuda
     #[arg(long, default_value = "auto")]
     backend: String,
-    /// Number format of activations and matrices; bf16 has limits of its own, and needs a GPU
+    /// Number format of activations and matrices; bf16 needs a GPU, or --backend cpu, which computes in f32 and rounds what is stored
     #[arg(long, value_enum, default_value = "f32")]
     precision: FormatArg,
     /// A quirk of transformers to leave off (see ARCHITECTURE.md); by default all that the numbers may carry are on
@@ -137,9 +138,20 @@ pub(super) fn check(args: &VerifyArgs) -> Result<(), CliError> {
         .filter(|q| !args.without.iter().any(|w| w == q.name()))
         .collect();
     let compute = args.precision.dtype();
-    let report = verify_in(compute, &args.dir, &args.expected, &quirks, &|| {
-        engine::open(backend, threads)
-    })
+    let report = verify_in(
+        compute,
+        &args.dir,
+        &args.expected,
+        &quirks,
+        &|| match (backend, compute) {
+            (Backend::Cpu, DType::Bf16 | DType::F16) => {
+                let mut engine = CpuEngine::new(threads)?;
+                engine.set_half_storage(true);
+                Ok(Box::new(engine))
+            }
+            _ => engine::open(backend, threads),
+        },
+    )
     .map_err(|e| CliError::Other(e.to_string()))?;
     if args.json {
         print_json(&report)?;
