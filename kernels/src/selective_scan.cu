@@ -1,351 +1,321 @@
-// Threads hold a few n of two channels each. Channels and blocks stay within a group. Time may be cut into parts of whole chunks: their ends
-// from zero, joined, then everything from the right starts. A reset is a step of 1e30 in the exponent.
+// LANES threads share two channels and divide the n; each thread holds HELD states of either and makes the steps of one of the two, so that a
+// warp needs nothing of another. Channels and blocks stay within a group. Time may be cut into parts of whole chunks: their ends from zero,
+// joined, then everything from the right starts. A reset adds -1e30 to the exponents of a token.
 #ifndef STATES
 #define STATES 16
 #endif
-#ifndef VEC
-#define VEC 0
+// Channels and groups.
+#ifndef WIDTH
+#define WIDTH 8192
+#endif
+#ifndef GROUPS
+#define GROUPS 1
 #endif
 #ifndef EVEN
 #define EVEN 0
 #endif
-#ifndef CHANNELS
-#define CHANNELS 128
+// Whether addresses and rows of all channels are multiples of 16 bytes.
+#ifndef VEC
+#define VEC 0
 #endif
-#define TT 16
-#define BATCH 16
+#define LANES (STATES <= 16 ? 2 : STATES <= 32 ? 4 : STATES <= 64 ? 8 : STATES <= 128 ? 16 : 32)
+#define HELD (((STATES + LANES - 1) / LANES + 3) / 4 * 4)
+#define ROW (LANES * HELD)
+#define RESET -1e30f
 #define LOG2E 1.4426950408889634f
-// Where the block's channels lie. Grid (blocks of a group, G parts, B).
-template <int CHANNELS_> struct Place {
-    int c0, count, group, part, parts;
+// Where a thread is: channels of a block from c0 on, of which `count` are there; its own channel of the two and the other. Grid (blocks of a
+// group, G parts, B).
+template <int THREADS> struct Place {
+    static constexpr int CHANNELS = 2 * THREADS / LANES;
+    int c0, count, group, part, parts, lane, warp, sub, n0, own, ch, other;
+    bool on, on2, mine;
     i64 b;
-    __device__ Place(int I, int G) {
-        int per = I / G, at = blockIdx.x * CHANNELS_;
+    __device__ Place() {
+        constexpr int G = GROUPS, per = WIDTH / G;
+        int at = blockIdx.x * CHANNELS;
         group = blockIdx.y % G;
         part = blockIdx.y / G;
         parts = gridDim.y / G;
         c0 = group * per + at;
-        count = per - at < CHANNELS_ ? per - at : CHANNELS_;
+        count = per - at < CHANNELS ? per - at : CHANNELS;
         b = blockIdx.z;
+        lane = threadIdx.x & 31;
+        warp = threadIdx.x >> 5;
+        sub = threadIdx.x % LANES;
+        n0 = sub * HELD;
+        own = threadIdx.x / LANES * 2 + (sub & 1);
+        ch = c0 + own;
+        other = c0 + (own ^ 1);
+        on = own < count;
+        on2 = (own ^ 1) < count;
+        mine = on && sub < 2;
     }
 };
-// Forward, LANES threads share two channels and divide the n: each keeps HELD states of either. Steps, inputs and the gate are made for whole
-// tiles, eight neighbouring channels a thread; in between, states take them from shared memory.
-#define LANES 4
-#define HELD (((STATES + LANES - 1) / LANES + 3) / 4 * 4)
-#define WIDE (2 * THREADS_FWD / LANES)
-#define THREADS_FWD 128
-#define YROW (WIDE + 16)
-#ifndef POLY
-#define POLY 0
-#endif
-// 2^x by a polynomial, for units that special functions leave idle.
-__device__ __forceinline__ float exp2_poly(float x) {
-    x = fmaxf(x, -126.f);
-    float r = x + 12582912.f, f = x - (r - 12582912.f);
-    float p = 1.3333558e-3f;
-    p = p * f + 9.6181291e-3f;
-    p = p * f + 5.5504109e-2f;
-    p = p * f + 2.4022651e-1f;
-    p = p * f + 6.9314718e-1f;
-    p = p * f + 1.f;
-    return __int_as_float(__float_as_int(p) + (__float_as_int(r) << 23));
+// An element as it is, to be widened when it is there, or `none` unless i < count. Branches would keep tokens apart.
+template <class E> __device__ __forceinline__ u32 raw(const E* p, int i, int count, u32 none = 0) {
+    u32 v;
+    if constexpr (sizeof(E) == 4) asm("{\n.reg .pred p;\nsetp.lt.s32 p, %2, %3;\nmov.b32 %0, %4;\n@p ld.global.nc.b32 %0, [%1];\n}" : "=r"(v) : "l"(__cvta_generic_to_global(p)), "r"(i), "r"(count), "r"(none));
+    else asm("{\n.reg .pred p;\nsetp.lt.s32 p, %2, %3;\nmov.b32 %0, %4;\n@p ld.global.nc.u16 %0, [%1];\n}" : "=r"(v) : "l"(__cvta_generic_to_global(p)), "r"(i), "r"(count), "r"(none));
+    return v;
 }
-// COUNT neighbouring elements; those from `have` on are zeros.
-template <class E, int COUNT> struct Some {
-    u32 w[COUNT * sizeof(E) / 4];
-    __device__ __forceinline__ void get(const E* p, int have) {
-#if VEC
-        if constexpr (COUNT * sizeof(E) == 8) {
-            uint2 v = have > 0 ? *(const uint2*)p : uint2{0, 0};
-            w[0] = v.x, w[1] = v.y;
-        } else {
-#pragma unroll
-            for (int i = 0; i < COUNT * sizeof(E) / 16; i++) {
-                uint4 v = have > 0 ? *((const uint4*)p + i) : uint4{0, 0, 0, 0};
-                w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
-            }
-        }
-#else
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            u32 v = 0;
-            if (i < have) {
-                if constexpr (sizeof(E) == 4) v = *(const u32*)(p + i);
-                else v = *(const u16*)(p + i);
-            }
-            if (sizeof(E) == 4) w[i] = v;
-            else w[i / 2] = i & 1 ? w[i / 2] | v << 16 : v;
-        }
-#endif
-    }
-    __device__ __forceinline__ float at(int i) const {
-        if constexpr (sizeof(E) == 4) {
-            return __uint_as_float(w[i]);
-        } else {
-            E e;
-            e.x = (u16)(w[i / 2] >> (i & 1) * 16);
-            return widen(e);
-        }
-    }
-};
-// An element as it is, to be widened when it is there.
-template <class E> __device__ __forceinline__ u32 raw(const E* p) {
-    if constexpr (sizeof(E) == 4) return *(const u32*)p;
-    else return *(const u16*)p;
+// Of either.
+template <class E, class F> __device__ __forceinline__ u32 raw(bool first, const E* p, const F* q, int i, int count) {
+    if constexpr (sizeof(E) == sizeof(F)) return raw(first ? p : (const E*)q, i, count);
+    else return raw(p, i, first ? count : 0) | raw(q, i, first ? 0 : count);
+}
+// A step of nothing: minus infinity.
+template <class E> constexpr u32 NO_STEP = sizeof(E) == 4 ? 0xff800000u : 0xff80u;
+template <> constexpr u32 NO_STEP<f16> = 0xfc00u;
+__device__ __forceinline__ void store_if(int i, int count, float* p, float v) { asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %0, %1;\n@p st.global.f32 [%2], %3;\n}" ::"r"(i), "r"(count), "l"(__cvta_generic_to_global(p)), "f"(v)); }
+template <class E> __device__ __forceinline__ void store_if(int i, int count, E* p, float v) {
+    E e;
+    st(&e, 0, v);
+    asm volatile("{\n.reg .pred p;\nsetp.lt.s32 p, %0, %1;\n@p st.global.b16 [%2], %3;\n}" ::"r"(i), "r"(count), "l"(__cvta_generic_to_global(p)), "h"(e.x));
+}
+__device__ __forceinline__ float choose(bool first, float a, float b) {
+    float r;
+    asm("{\n.reg .pred p;\nsetp.ne.b32 p, %3, 0;\nselp.f32 %0, %1, %2, p;\n}" : "=f"(r) : "f"(a), "f"(b), "r"((int)first));
+    return r;
+}
+// As softplus_fast, without a branch.
+__device__ __forceinline__ float softplus_straight(float x) {
+    float e = exp2_fast(LOG2E * x);
+    float few = e * (1.f - e * (0.5f - e * (0.33333333f - e * (0.25f - e * 0.2f))));
+    return choose(x > 20.f, x, choose(e < 0.0625f, few, 0.69314718056f * log2_fast(1.f + e)));
 }
 template <class E> __device__ __forceinline__ float widened(u32 v) {
     if constexpr (sizeof(E) == 4) return __uint_as_float(v);
     else return widen(E{(u16)v});
 }
+// Rows of the channels of a warp on their way to shared memory, zeros from `tokens` and `channels` on; there after cp_wait and __syncwarp.
+template <int TOKENS, class E> __device__ __forceinline__ void bring(E* to, const E* from, int tokens, int channels, int lane) {
+    constexpr int CW = 64 / LANES, COUNT = 16 / sizeof(E), PIECES = TOKENS * CW / COUNT;
+    if constexpr (VEC && CW % COUNT == 0) {
+#pragma unroll
+        for (int i = 0; i < PIECES; i += 32) {
+            int e = i + lane, row = e / (CW / COUNT), col = e % (CW / COUNT) * COUNT;
+            if (PIECES % 32 == 0 || e < PIECES) cp16(shared_address(to + e * COUNT), from + row * (i64)WIDTH + col, row < tokens && col < channels ? 16 : 0);
+        }
+    } else {
+        for (int e = lane; e < TOKENS * CW; e += 32) {
+            E zero = {};
+            to[e] = e / CW < tokens && e % CW < channels ? from[e / CW * (i64)WIDTH + e % CW] : zero;
+        }
+    }
+}
+// The same of four matrices, of which the second may be absent; their rows follow one another.
+template <int TOKENS, class E, class F, class H, class K> __device__ __forceinline__ void bring(unsigned char* to, const E* p, const F* q, const H* r, const K* s, i64 from, int tokens, int channels, int lane) {
+    constexpr int CW = 64 / LANES, COUNT = 16 / sizeof(E), PIECES = TOKENS * CW / COUNT, SIZE = TOKENS * CW;
+    if constexpr (VEC && CW % COUNT == 0 && sizeof(E) == sizeof(F) && sizeof(E) == sizeof(H) && sizeof(E) == sizeof(K)) {
+#pragma unroll
+        for (int i = 0; i < 4 * PIECES; i += 32) {
+            int e = i + lane, which = e / PIECES, row = e % PIECES / (CW / COUNT), col = e % (CW / COUNT) * COUNT;
+            const E* base = which == 0 ? p : which == 1 ? (const E*)q : which == 2 ? (const E*)r : (const E*)s;
+            bool have = row < tokens && col < channels && (which != 1 || q);
+            if (4 * PIECES % 32 == 0 || e < 4 * PIECES) cp16(shared_address(to) + e * 16, base + (from + (row * WIDTH + col)), have ? 16 : 0);
+        }
+    } else {
+        E* a = (E*)to;
+        F* b = (F*)(a + SIZE);
+        H* c = (H*)(b + SIZE);
+        K* d = (K*)(c + SIZE);
+        bring<TOKENS>(a, p + from, tokens, channels, lane);
+        if (q) bring<TOKENS>(b, q + from, tokens, channels, lane);
+        bring<TOKENS>(c, r + from, tokens, channels, lane);
+        bring<TOKENS>(d, s + from, tokens, channels, lane);
+    }
+}
+// b and c of TOKENS tokens to shared memory by THREADS threads, [token][b, c, STRIDE in all]: first into registers.
+template <int TOKENS, int THREADS, int STRIDE> struct Narrow {
+    static constexpr bool FAST = VEC && STATES == ROW && sizeof(TA3) == sizeof(TA4) && STATES * sizeof(TA3) % 16 == 0;
+    static constexpr int COUNT = FAST ? 16 / sizeof(TA3) : 1, ALL = TOKENS * 2 * ROW / COUNT, EACH = (ALL + THREADS - 1) / THREADS;
+    u32 v[EACH][FAST ? 4 : 1];
+    __device__ __forceinline__ void get(const TA3* b, const TA4* c, int tokens, int thread) {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int e = (thread + i * THREADS) * COUNT, r = e / (2 * ROW), n = e % ROW, m = r * GROUPS * STATES + n;
+            bool first = e % (2 * ROW) < ROW, have = r < tokens && n < STATES && (ALL % THREADS == 0 || r < TOKENS);
+            if constexpr (FAST) {
+                uint4 u = {0, 0, 0, 0};
+                if (have) u = *(const uint4*)(first ? b + m : (const TA3*)c + m);
+                v[i][0] = u.x, v[i][1] = u.y, v[i][2] = u.z, v[i][3] = u.w;
+            } else {
+                v[i][0] = raw(first, b + m, c + m, 0, have ? 1 : 0);
+            }
+        }
+    }
+    __device__ __forceinline__ void put(float* to, int thread) const {
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            int e = (thread + i * THREADS) * COUNT, r = e / (2 * ROW), k = e % (2 * ROW);
+            if (ALL % THREADS != 0 && r >= TOKENS) continue;
+#pragma unroll
+            for (int j = 0; j < COUNT; j++) {
+                u32 w = COUNT <= 4 ? v[i][j] : v[i][j / 2] >> (j & 1) * 16;
+                to[r * STRIDE + k + j] = k < ROW ? widened<TA3>(w) : widened<TA4>(w);
+            }
+        }
+    }
+};
+// A channel's sum from the sums of the threads that share it: of the own channel, and of the other one.
+__device__ __forceinline__ float shared_sum(float v, float other) {
+    v += __shfl_xor_sync(FULL, other, 1);
+#pragma unroll
+    for (int m = 2; m < LANES; m *= 2) v += __shfl_xor_sync(FULL, v, m);
+    return v;
+}
+// A thread's states of a channel from memory.
+__device__ __forceinline__ void take(float* h, const float* from, int n0, bool on) {
+#pragma unroll
+    for (int n = 0; n < HELD; n += 4) {
+        if (STATES % 4 == 0) {
+            float4 v = from && on && n0 + n < STATES ? *(const float4*)(from + n0 + n) : make_float4(0.f, 0.f, 0.f, 0.f);
+            h[n] = v.x, h[n + 1] = v.y, h[n + 2] = v.z, h[n + 3] = v.w;
+        } else {
+#pragma unroll
+            for (int e = n; e < n + 4; e++) h[e] = from && on && n0 + e < STATES ? from[n0 + e] : 0.f;
+        }
+    }
+}
+__device__ __forceinline__ void put(float* to, const float* h, int n0, bool on) {
+#pragma unroll
+    for (int n = 0; n < HELD; n += 4) {
+        if (STATES % 4 == 0) {
+            if (on && n0 + n < STATES) *(float4*)(to + n0 + n) = make_float4(h[n], h[n + 1], h[n + 2], h[n + 3]);
+        } else {
+#pragma unroll
+            for (int e = n; e < n + 4; e++)
+                if (on && n0 + e < STATES) to[n0 + e] = h[e];
+        }
+    }
+}
 // Forward and backward, which has FINE, are compiled apart.
 #ifndef FINE
+#define THREADS_FWD 128
+// Tokens of a tile: their inputs are in registers a tile ahead, b and c of two tiles in shared memory for each warp.
+#define TT (ROW <= 64 ? 8 : ROW <= 128 ? 4 : ROW <= 256 ? 2 : 1)
 // LOCAL: the states alone, from saved or zero starts; `saved` then gets the state before each chunk of `fine` tokens of the part, ends the last
 // one and total the sum of the steps (1e30 with a reset).
-template <bool LOCAL> __device__ __forceinline__ void scan(const TA0* x, const TA1* dt, const TA2* a, const TA3* b, const TA4* c, const TA5* d, const TA6* dt_bias, const TA7* z, const int* pos, const float* starts, int start_parts, float* ends, float* total, float* state, TR0* y, float* saved, int T, int I, int G, int chunk, int part_tokens, int fine) {
-    __shared__ __align__(16) float2 ps[2][TT][WIDE]; // power, input; words of 16 bytes turned within rows
-    __shared__ __align__(16) float ys[LOCAL ? 1 : 2][LOCAL ? 1 : TT][YROW], bc[2][TT][2 * LANES * HELD];
-    Place<WIDE> at(I, G);
-    int sub = threadIdx.x % LANES, own = threadIdx.x / LANES * 2 + (sub & 1), ch = at.c0 + own, other = ch ^ 1;
-    // Channels come in twos from the block's first on.
-    other = at.c0 + (own ^ 1);
-    bool on = own < at.count, on2 = (own ^ 1) < at.count;
-    int from = at.part * part_tokens, to = from + part_tokens < T ? from + part_tokens : T, n0 = sub * HELD;
+template <bool LOCAL> __device__ __forceinline__ void scan(const TA0* x, const TA1* dt, const TA2* a, const TA3* b, const TA4* c, const TA5* d, const TA6* dt_bias, const TA7* z, const int* pos, const float* starts, int start_parts, float* ends, float* total, float* state, TR0* y, float* saved, int T, int chunk, int part_tokens, int fine) {
+    __shared__ __align__(16) float wide[THREADS_FWD / 32][2][TT][2 * ROW];
+    constexpr i64 I = WIDTH;
+    constexpr int G = GROUPS;
+    Place<THREADS_FWD> at;
+    auto& bc = wide[at.warp];
+    int from = at.part * part_tokens, to = from + part_tokens < T ? from + part_tokens : T;
     i64 base = at.b * T;
     float h[HELD], g[HELD], ah[HELD], ag[HELD];
     const float* init = starts ? starts + (start_parts > 1 ? (at.b * at.parts + at.part) * I * STATES : at.b * I * STATES) : starts;
 #pragma unroll
     for (int n = 0; n < HELD; n++) {
-        bool have = n0 + n < STATES;
-        i64 i = (i64)ch * STATES + n0 + n, j = (i64)other * STATES + n0 + n;
-        ah[n] = on && have ? ld(a, i) * LOG2E : 0.f;
-        ag[n] = on2 && have ? ld(a, j) * LOG2E : 0.f;
-        h[n] = init && on && have ? init[i] : 0.f;
-        g[n] = init && on2 && have ? init[j] : 0.f;
+        bool have = at.n0 + n < STATES;
+        ah[n] = at.on && have ? ld(a, (i64)at.ch * STATES + at.n0 + n) * LOG2E : 0.f;
+        ag[n] = at.on2 && have ? ld(a, (i64)at.other * STATES + at.n0 + n) * LOG2E : 0.f;
     }
+    take(h, init ? init + (i64)at.ch * STATES : init, at.n0, at.on);
+    take(g, init ? init + (i64)at.other * STATES : init, at.n0, at.on2);
     auto save = [&](float* p, i64 row) {
-#pragma unroll
-        for (int n = 0; n < HELD; n += 4) {
-            float* q = p + (row + ch) * STATES + n0 + n;
-            float* r = p + (row + other) * STATES + n0 + n;
-            if (STATES % 4 == 0) {
-                if (on && n0 + n < STATES) *(float4*)q = make_float4(h[n], h[n + 1], h[n + 2], h[n + 3]);
-                if (on2 && n0 + n < STATES) *(float4*)r = make_float4(g[n], g[n + 1], g[n + 2], g[n + 3]);
-            } else {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    if (on && n0 + n + e < STATES) q[e] = h[n + e];
-                    if (on2 && n0 + n + e < STATES) r[e] = g[n + e];
-                }
-            }
-        }
+        put(p + (row + at.ch) * STATES, h, at.n0, at.on);
+        put(p + (row + at.other) * STATES, g, at.n0, at.on2);
     };
-    // The eighths of a tile: ROUNDS tokens of eight channels a thread.
-    constexpr int OCTETS = WIDE / 8, STEP = THREADS_FWD / OCTETS, ROUNDS = TT / STEP;
-    int oc = threadIdx.x % OCTETS, or_ = threadIdx.x / OCTETS, c8 = oc * 8, have8 = at.count - c8;
-    int turned = oc >> 1 & 3;
-    __shared__ __align__(16) float skips[WIDE], biases[WIDE];
-    if (threadIdx.x < WIDE) {
-        bool there = threadIdx.x < at.count;
-        skips[threadIdx.x] = d && there ? ld(d, at.c0 + threadIdx.x) : 0.f;
-        biases[threadIdx.x] = dt_bias && there ? ld(dt_bias, at.c0 + threadIdx.x) : 0.f;
-    }
-    __syncthreads();
-    float sums[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) sums[i] = 0;
-    Some<TA0, 8> xv[ROUNDS];
-    Some<TA1, 8> dv[ROUNDS];
+    float skip = d && at.on ? ld(d, at.ch) : 0.f, bias = dt_bias && at.on ? ld(dt_bias, at.ch) : 0.f, sum = 0;
+    constexpr int CW = 64 / LANES;
+    __shared__ __align__(16) TA0 xs_[THREADS_FWD / 32][TT * CW];
+    __shared__ __align__(16) TA1 ds_[THREADS_FWD / 32][TT * CW];
+    __shared__ __align__(16) TA7 zs_[LOCAL ? 1 : THREADS_FWD / 32][LOCAL ? 8 : TT * CW];
+    TA0* xr = xs_[at.warp];
+    TA1* dr = ds_[at.warp];
+    TA7* zr = zs_[LOCAL ? 0 : at.warp];
+    int pv = 1, self = at.own - at.warp * CW, room = at.count - at.warp * CW;
+    Narrow<TT, 32, 2 * ROW> narrow;
     auto fetch = [&](int k) {
-#pragma unroll
-        for (int r = 0; r < ROUNDS; r++) {
-            int t = from + k * TT + or_ + r * STEP, have = t < to ? have8 : 0;
-            i64 e = (base + t) * I + at.c0 + c8;
-            xv[r].get(x + e, have);
-            dv[r].get(dt + e, have);
-        }
-    };
-    auto prepare = [&](int k) {
-#pragma unroll
-        for (int r = 0; r < ROUNDS; r++) {
-            int row = or_ + r * STEP, t = from + k * TT + row;
-            bool cut = pos && t < to && pos[base + t] == 0;
-            float bias[8];
-            load<8>(bias, biases + c8);
-#pragma unroll
-            for (int i = 0; i < 8; i += 2) {
-                float4 v;
-                float s0 = softplus_fast(dv[r].at(i) + bias[i]), s1 = softplus_fast(dv[r].at(i + 1) + bias[i + 1]);
-                if (t >= to) s0 = s1 = 0;
-                v.x = cut ? 1e30f : s0;
-                v.y = s0 * xv[r].at(i);
-                v.z = cut ? 1e30f : s1;
-                v.w = s1 * xv[r].at(i + 1);
-                if (LOCAL) {
-                    sums[i] += v.x;
-                    sums[i + 1] += v.z;
-                }
-                *(float4*)&ps[k & 1][row][c8 + ((i / 2) ^ turned) * 2] = v;
-            }
-        }
-    };
-    Some<TA0, 8> xo[ROUNDS];
-    Some<TA7, 8> zo[ROUNDS];
-    auto fetch_out = [&](int k) {
-#pragma unroll
-        for (int r = 0; r < ROUNDS; r++) {
-            int t = from + k * TT + or_ + r * STEP, have = t < to ? have8 : 0;
-            i64 e = (base + t) * I + at.c0 + c8;
-            if (d) xo[r].get(x + e, have);
-            if (z) zo[r].get(z + e, have);
-        }
-    };
-    // The outputs of tile k from what its states gave.
-    auto finish = [&](int k) {
-#pragma unroll
-        for (int r = 0; r < ROUNDS; r++) {
-            int row = or_ + r * STEP, t = from + k * TT + row;
-            if (t >= to || have8 <= 0) continue;
-            i64 e = (base + t) * I + at.c0 + c8;
-            float v[8], skip[8];
-            load<8>(v, &ys[k & 1][row][c8]);
-            load<8>(skip, skips + c8);
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                if (d) v[i] += skip[i] * xo[r].at(i);
-                if (z) {
-                    float zv = zo[r].at(i);
-                    v[i] *= zv * sigmoid_fast(zv);
-                }
-            }
-#if VEC
-            store<8>(y + e, v);
-#else
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                if (i < have8) st(y, e + i, v[i]);
-#endif
-        }
-    };
-    constexpr int EACH = (TT * 2 * LANES * HELD + THREADS_FWD - 1) / THREADS_FWD;
-    u32 nv[EACH];
-    auto fetch_narrow = [&](int k) {
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            int e = threadIdx.x + i * THREADS_FWD, r = e / (2 * LANES * HELD), n = e % (LANES * HELD), t = from + k * TT + r;
-            bool have = r < TT && t < to && n < STATES;
-            i64 m = ((base + t) * G + at.group) * STATES + n;
-            nv[i] = !have ? 0 : e % (2 * LANES * HELD) < LANES * HELD ? raw(b + m) : raw(c + m);
-        }
-    };
-    auto put_narrow = [&](int k) {
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            int e = threadIdx.x + i * THREADS_FWD;
-            if (TT * 2 * LANES * HELD % THREADS_FWD == 0 || e < TT * 2 * LANES * HELD) bc[k & 1][0][e] = e % (2 * LANES * HELD) < LANES * HELD ? widened<TA3>(nv[i]) : widened<TA4>(nv[i]);
-        }
+        int t0 = from + k * TT, left = to - t0;
+        i64 e = (base + t0) * I + at.c0 + at.warp * CW, m = ((base + t0) * G + at.group) * STATES;
+        bring<TT>(xr, x + e, left, room, at.lane);
+        bring<TT>(dr, dt + e, left, room, at.lane);
+        if (!LOCAL && z) bring<TT>(zr, z + e, left, room, at.lane);
+        cp_commit();
+        if (pos) pv = at.lane < TT && at.lane < left ? pos[base + t0 + at.lane] : 1;
+        narrow.get(b + m, c + m, left, at.lane);
     };
     int tiles = (to - from + TT - 1) / TT;
     // Where the next state is saved; parts begin with chunks.
     int mark = saved ? from : T, chunk_end = from + chunk;
     i64 slot = (at.b * ((T + chunk - 1) / chunk) + from / chunk) * ((chunk + fine - 1) / fine);
-    if (tiles > 0) {
-        fetch(0);
-        fetch_narrow(0);
-        prepare(0);
-        put_narrow(0);
-        fetch(1);
-        fetch_narrow(1);
-    }
-    auto word = [&](int c_) { return (c_ & ~7) + (((c_ >> 1 & 3) ^ (c_ >> 4 & 3)) << 1) + (c_ & 1); };
-    int mine_at = word(own), other_at = word(own ^ 1);
+    if (tiles > 0) fetch(0);
     for (int k = 0; k < tiles; k++) {
-        __syncthreads();
-        if (!LOCAL) {
-            if (k > 0) finish(k - 1);
-            fetch_out(k);
+        float step[TT], in[TT], xs[TT], gate[TT];
+        u32 resets = __ballot_sync(FULL, pv == 0);
+        int t0 = from + k * TT;
+        cp_wait<0>();
+        narrow.put(bc[k & 1][0], at.lane);
+        __syncwarp();
+#pragma unroll
+        for (int u = 0; u < TT; u++) {
+            xs[u] = ld(xr, u * CW + self);
+            step[u] = softplus_straight(ld(dr, u * CW + self) + bias);
+            if (!LOCAL) {
+                float zf = z ? ld(zr, u * CW + self) : 0.f;
+                gate[u] = choose(z != 0, zf * sigmoid_fast(zf), 1.f);
+            }
         }
-        if (k + 1 < tiles) {
-            prepare(k + 1);
-            put_narrow(k + 1);
-            fetch(k + 2);
-            fetch_narrow(k + 2);
+        if (t0 + TT > to)
+#pragma unroll
+            for (int u = 0; u < TT; u++)
+                if (t0 + u >= to) step[u] = 0;
+#pragma unroll
+        for (int u = 0; u < TT; u++) {
+            in[u] = step[u] * xs[u];
+            if (LOCAL) sum += resets >> u & 1 ? 1e30f : step[u];
         }
-        for (int i = 0; i < TT; i += BATCH) {
-            float mine[BATCH], theirs[BATCH];
+        __syncwarp();
+        if (k + 1 < tiles) fetch(k + 1);
+        i64 e = (base + t0) * I + at.ch;
+        int left = at.mine ? to - t0 : 0;
 #pragma unroll
-            for (int u = 0; u < BATCH; u++) {
-                int row = i + u;
-                // A branch here keeps the tokens apart; when runs begin at whole batches it is needed once.
-                if ((u == 0 || !EVEN) && from + k * TT + row == mark && mark < to) {
-                    save(saved, slot * I);
-                    slot++;
-                    mark += fine;
-                    if (mark >= chunk_end) {
-                        mark = chunk_end;
-                        chunk_end += chunk;
-                    }
+        for (int u = 0; u < TT; u++) {
+            // A branch here keeps the tokens apart; when runs begin at whole tiles it is needed once.
+            if ((u == 0 || !EVEN) && t0 + u == mark && mark < to) {
+                save(saved, slot * I);
+                slot++;
+                mark += fine;
+                if (mark >= chunk_end) {
+                    mark = chunk_end;
+                    chunk_end += chunk;
                 }
-                float2 p = ps[k & 1][row][mine_at], q = ps[k & 1][row][other_at];
-                const float* bk = &bc[k & 1][row][n0];
-                float v = 0, w = 0;
+            }
+            float cut = resets >> u & 1 ? RESET : 0.f, v = 0, w = 0;
+            float s2 = __shfl_xor_sync(FULL, step[u], 1), in2 = __shfl_xor_sync(FULL, in[u], 1);
+            const float* bk = &bc[k & 1][u][at.n0];
 #pragma unroll
-                for (int n = 0; n < HELD; n += 4) {
-                    float4 bv = *(const float4*)(bk + n), cv = LOCAL ? bv : *(const float4*)(bk + LANES * HELD + n);
-                    const float bb[4] = {bv.x, bv.y, bv.z, bv.w}, cc[4] = {cv.x, cv.y, cv.z, cv.w};
+            for (int n = 0; n < HELD; n += 4) {
+                float4 bv = *(const float4*)(bk + n), cv = LOCAL ? bv : *(const float4*)(bk + ROW + n);
+                const float bb[4] = {bv.x, bv.y, bv.z, bv.w}, cc[4] = {cv.x, cv.y, cv.z, cv.w};
 #pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        float xh = p.x * ah[n + e], xg = q.x * ag[n + e];
-                        float eh = e * 2 < POLY ? exp2_poly(xh) : exp2_fast(xh), eg = e * 2 + 1 < POLY ? exp2_poly(xg) : exp2_fast(xg);
-                        h[n + e] = eh * h[n + e] + p.y * bb[e];
-                        g[n + e] = eg * g[n + e] + q.y * bb[e];
-                        v += cc[e] * h[n + e];
-                        w += cc[e] * g[n + e];
-                    }
+                for (int i = 0; i < 4; i++) {
+                    h[n + i] = exp2_fast(step[u] * ah[n + i] + cut) * h[n + i] + in[u] * bb[i];
+                    g[n + i] = exp2_fast(s2 * ag[n + i] + cut) * g[n + i] + in2 * bb[i];
+                    v += cc[i] * h[n + i];
+                    w += cc[i] * g[n + i];
                 }
-                mine[u] = v;
-                theirs[u] = w;
             }
             if (!LOCAL) {
-#pragma unroll
-                for (int u = 0; u < BATCH; u++) mine[u] += __shfl_xor_sync(FULL, theirs[u], 1);
-#pragma unroll
-                for (int u = 0; u < BATCH; u += 2) {
-                    bool upper = sub & 2;
-                    float keep = upper ? mine[u + 1] : mine[u], give = upper ? mine[u] : mine[u + 1];
-                    keep += __shfl_xor_sync(FULL, give, 2);
-                    ys[k & 1][i + u + (upper ? 1 : 0)][own] = keep;
-                }
+                v = (shared_sum(v, w) + skip * xs[u]) * gate[u];
+                store_if(u, left, y + e + u * I, v);
             }
         }
-    }
-    if (!LOCAL && tiles > 0) {
-        __syncthreads();
-        finish(tiles - 1);
     }
     i64 p = LOCAL ? (at.b * at.parts + at.part) * I : at.b * I;
     float* last = LOCAL ? ends : at.part == at.parts - 1 ? state : (float*)0;
     if (last) save(last, p);
-    if (LOCAL && total) {
-        // Threads of one octet hold the sums of their tokens.
-        __syncthreads();
-        float* all = (float*)ps;
-#pragma unroll
-        for (int i = 0; i < 8; i++) all[or_ * WIDE + c8 + i] = sums[i];
-        __syncthreads();
-        if (threadIdx.x < WIDE && threadIdx.x < at.count) {
-            float v = 0;
-            for (int r = 0; r < STEP; r++) v += all[r * WIDE + threadIdx.x];
-            total[p + at.c0 + threadIdx.x] = v;
-        }
-    }
+    if (LOCAL && total && at.mine) total[p + at.ch] = sum;
 }
-#define FWD_BOUNDS __launch_bounds__(THREADS_FWD, HELD > 8 ? 2 : 4)
-KERNEL FWD_BOUNDS scan_fwd(const TA0* x, const TA1* dt, const TA2* a, const TA3* b, const TA4* c, const TA5* d, const TA6* dt_bias, const TA7* z, const int* pos, const float* starts, int start_parts, float* state, TR0* y, float* saved, int T, int I, int G, int chunk, int part_tokens) {
-    scan<false>(x, dt, a, b, c, d, dt_bias, z, pos, starts, start_parts, (float*)0, (float*)0, state, y, saved, T, I, G, chunk, part_tokens, chunk);
+#define FWD_BOUNDS __launch_bounds__(THREADS_FWD, 2)
+KERNEL FWD_BOUNDS scan_fwd(const TA0* x, const TA1* dt, const TA2* a, const TA3* b, const TA4* c, const TA5* d, const TA6* dt_bias, const TA7* z, const int* pos, const float* starts, int start_parts, float* state, TR0* y, float* saved, int T, int chunk, int part_tokens) {
+    scan<false>(x, dt, a, b, c, d, dt_bias, z, pos, starts, start_parts, (float*)0, (float*)0, state, y, saved, T, chunk, part_tokens, chunk);
 }
-KERNEL FWD_BOUNDS scan_states(const TA0* x, const TA1* dt, const TA2* a, const TA3* b, const TA4* c, const TA6* dt_bias, const int* pos, const float* starts, int start_parts, float* ends, float* total, float* saved, int T, int I, int G, int chunk, int part_tokens, int fine) {
-    scan<true>(x, dt, a, b, c, (const TA5*)0, dt_bias, (const TA7*)0, pos, starts, start_parts, ends, total, (float*)0, (TR0*)0, saved, T, I, G, chunk, part_tokens, fine);
+KERNEL FWD_BOUNDS scan_states(const TA0* x, const TA1* dt, const TA2* a, const TA3* b, const TA4* c, const TA6* dt_bias, const int* pos, const float* starts, int start_parts, float* ends, float* total, float* saved, int T, int chunk, int part_tokens, int fine) {
+    scan<true>(x, dt, a, b, c, (const TA5*)0, dt_bias, (const TA7*)0, pos, starts, start_parts, ends, total, (float*)0, (TR0*)0, saved, T, chunk, part_tokens, fine);
 }
 // Ends of parts become their starts, in order or in reverse.
 KERNEL scan_join(float* s, const float* total, const TA2* a, const float* init, int B, int parts, i64 I, int back) {
@@ -361,124 +331,192 @@ KERNEL scan_join(float* s, const float* total, const TA2* a, const float* init, 
     }
 }
 #else
-#define SUB 8
-#define STAGED 16
-#define THREADS_BWD (2 * CHANNELS)
-#define ROW (2 * LANES * HELD)
-// Sums over the channels of a warp of dc and db, scattered: a lane ends with the sums of HELD / 4 n of one of the two.
-__device__ __forceinline__ void scatter(float* dc, const float* db, float* red) {
-    int lane = threadIdx.x & 31;
-    constexpr int M1 = HELD / 2, M2 = HELD / 4;
-    bool bit = lane & 16;
-#pragma unroll
-    for (int n = 0; n < HELD; n++) dc[n] = (bit ? db[n] : dc[n]) + __shfl_xor_sync(FULL, bit ? dc[n] : db[n], 16);
-    bit = lane & 8;
-#pragma unroll
-    for (int n = 0; n < M1; n++) dc[n] = (bit ? dc[n + M1] : dc[n]) + __shfl_xor_sync(FULL, bit ? dc[n] : dc[n + M1], 8);
-    bit = lane & 4;
-#pragma unroll
-    for (int n = 0; n < M2; n++) dc[n] = (bit ? dc[n + M2] : dc[n]) + __shfl_xor_sync(FULL, bit ? dc[n] : dc[n + M2], 4);
-    red += (lane >> 4) * LANES * HELD + (lane & 3) * HELD + (lane & 8 ? M1 : 0) + (lane & 4 ? M2 : 0);
-#pragma unroll
-    for (int n = 0; n < M2; n++) red[n] = dc[n];
+#define SUB 4
+#ifndef WARPS
+#define WARPS 4
+#endif
+#define THREADS_BWD (32 * WARPS)
+// Sums over the channels of a warp by tensor cores: a thread's values are the right operand as they are, and the left one, zeros and ones, says
+// to which row a value goes. Row j KINDS + k of a result is the sum of value j of threads k, k + KINDS, ... of fours; its columns are fours.
+#define KINDS (LANES < 4 ? LANES : 4)
+#define COLUMNS (LANES <= 4 ? 4 : 8)
+#define RED (KINDS * HELD * COLUMNS)
+__device__ __forceinline__ void mma_tf32(float* c, const u32* a, float b0, float b1) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
 }
-// Backward, the same division among threads. Runs of at most FINE tokens in reverse, each between two saved states. In a run: states every SUB
-// tokens, then, from the last SUB on, their states in registers and the way back; steps and inputs lie in shared memory for STAGED tokens. What
-// decayed into a state is the state less what came in. What a channel needs besides its states is made by threads of four channels and one token.
+__device__ __forceinline__ float leading(float v) { return __uint_as_float(__float_as_uint(v) & 0xffffe000u); }
+__device__ __forceinline__ void gather(float2* sums, const float* v, const u32* one) {
+    constexpr int PER = 8 / KINDS;
+#pragma unroll
+    for (int i = 0; i < HELD / PER; i++) {
+        float d[4] = {0, 0, 0, 0};
+#pragma unroll
+        for (int q = 0; q < PER; q += 2) {
+            float v0 = v[i * PER + q], v1 = v[i * PER + q + 1];
+            // The cores read 11 bits of a number; wide gradients take the rest apart.
+            if (sizeof(TA3) == 4) mma_tf32(d, one + 2 * q, v0 - leading(v0), v1 - leading(v1));
+            mma_tf32(d, one + 2 * q, sizeof(TA3) == 4 ? leading(v0) : v0, sizeof(TA3) == 4 ? leading(v1) : v1);
+        }
+        sums[i] = COLUMNS == 4 ? make_float2(d[0] + d[1], 0.f) : make_float2(d[0], d[1]);
+    }
+}
+// Written for all tokens of a SUB at once: loads from shared memory do not pass stores.
+__device__ __forceinline__ void scatter(float* red, const float2 (*sums)[HELD * KINDS / 8], int lane) {
+#pragma unroll
+    for (int t = 0; t < SUB; t++)
+#pragma unroll
+        for (int i = 0; i < HELD * KINDS / 8; i++) {
+            int r = i * 8 + (lane >> 2);
+            if (COLUMNS == 4) red[t * RED + r * 4 + (lane & 3)] = sums[t][i].x;
+            else *(float2*)(red + t * RED + r * 8 + 2 * (lane & 3)) = sums[t][i];
+        }
+}
+template <class E> __device__ __forceinline__ void prefetch(const E* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(p))); }
+// Backward, the same division among threads. Runs of at most FINE tokens in reverse, each between two saved states. In a run: steps and inputs of
+// all its tokens, states every SUB tokens, then, from the last SUB on, their states and decays in registers and the way back.
 // db and dc are sums over the channels of a block: narrow[block of the group][B T G][b, c][n]. part[B][I (STATES + 2)], rows filled up to a
 // multiple of 4: da, dd, ddt_bias.
-KERNEL __launch_bounds__(THREADS_BWD, HELD > 4 ? 1 : 2) scan_bwd(const TA0* x, const TA1* dt, const TA2* a, const TA3* b, const TA4* c, const TA5* d, const TA6* dt_bias, const TA7* z, const int* pos, const float* saved, const TA10* dy, TR0* dx, TR1* ddt, TA7* dz, float* narrow_part, float* part, int T, int I, int G, int chunk, int fine) {
+KERNEL __launch_bounds__(THREADS_BWD, WARPS > 4 ? 1 : 8 / WARPS) scan_bwd(const TA0* x, const TA1* dt, const TA2* a, const TA3* b, const TA4* c, const TA5* d, const TA6* dt_bias, const TA7* z, const int* pos, const float* saved, const TA10* dy, TR0* dx, TR1* ddt, TA7* dz, float* narrow_part, float* part, int T, int chunk, int fine) {
     DYNAMIC_SHARED(shared);
-    Place<CHANNELS> at(I, G);
-    constexpr int KEPT = FINE / SUB > 2 ? FINE / SUB - 2 : 0, PLANE = SUB * CHANNELS;
+    constexpr i64 I = WIDTH;
+    constexpr int G = GROUPS;
+    Place<THREADS_BWD> at;
+    constexpr int CHANNELS = Place<THREADS_BWD>::CHANNELS, KEPT = FINE / SUB > 2 ? FINE / SUB - 2 : 0, WIDE = 2 * ROW + 4;
     float4* kept = (float4*)shared;
-    float2* ps = (float2*)(kept + KEPT * (HELD / 2) * THREADS_BWD);
-    float* bc = (float*)(ps + STAGED * CHANNELS);
-    float* red = bc + STAGED * ROW;
-    float* plane = red + THREADS_BWD / 32 * SUB * ROW; // gradients before the gate, then outputs; gradients of powers; of inputs
-    float* sums = plane + 3 * PLANE;                   // dd and ddt_bias of each token of SUB
-    __shared__ __align__(16) float skips[CHANNELS], biases[CHANNELS];
-    int sub = threadIdx.x % LANES, own = threadIdx.x / LANES * 2 + (sub & 1), ch = at.c0 + own, other = at.c0 + (own ^ 1), n0 = sub * HELD;
-    bool on = own < at.count, on2 = (own ^ 1) < at.count;
+    float* bc = (float*)(kept + KEPT * (HELD / 2) * THREADS_BWD); // b, c, what a reset adds
+    float* red_c = bc + FINE * WIDE;
+    float* red_b = red_c + WARPS * SUB * RED;
+    float2* ps = (float2*)(red_b + WARPS * SUB * RED); // step, input
+    // The next SUB's elements.
+    constexpr int CW = 64 / LANES, PART = SUB * CW;
+    unsigned char* next = (unsigned char*)(ps + FINE * CHANNELS) + at.warp * PART * (sizeof(TA10) + sizeof(TA7) + sizeof(TA0) + sizeof(TA1));
+    TA10* yr = (TA10*)next;
+    TA7* zr = (TA7*)(yr + PART);
+    TA0* xr = (TA0*)(zr + PART);
+    TA1* dr = (TA1*)(xr + PART);
+    int self = at.own - at.warp * CW, room = at.count - at.warp * CW;
     i64 base = at.b * T;
-    if (threadIdx.x < CHANNELS) {
-        bool there = threadIdx.x < at.count;
-        skips[threadIdx.x] = d && there ? ld(d, at.c0 + threadIdx.x) : 0.f;
-        biases[threadIdx.x] = dt_bias && there ? ld(dt_bias, at.c0 + threadIdx.x) : 0.f;
-    }
     float h[HELD], g[HELD], ah[HELD], ag[HELD], dh[HELD], dg[HELD], da[HELD], dag[HELD];
 #pragma unroll
     for (int n = 0; n < HELD; n++) {
-        bool have = n0 + n < STATES;
-        ah[n] = on && have ? ld(a, (i64)ch * STATES + n0 + n) * LOG2E : 0.f;
-        ag[n] = on2 && have ? ld(a, (i64)other * STATES + n0 + n) * LOG2E : 0.f;
+        bool have = at.n0 + n < STATES;
+        ah[n] = at.on && have ? ld(a, (i64)at.ch * STATES + at.n0 + n) * LOG2E : 0.f;
+        ag[n] = at.on2 && have ? ld(a, (i64)at.other * STATES + at.n0 + n) * LOG2E : 0.f;
         dh[n] = dg[n] = da[n] = dag[n] = 0;
     }
-    // Four channels of a token.
-    int c4 = threadIdx.x % (CHANNELS / 4) * 4, row4 = threadIdx.x / (CHANNELS / 4), have4 = at.count - c4;
-    *(float4*)(sums + row4 * CHANNELS + c4) = *(float4*)(sums + PLANE + row4 * CHANNELS + c4) = make_float4(0.f, 0.f, 0.f, 0.f);
-    auto word = [&](int c_) { return (c_ & ~7) + (((c_ >> 1 & 3) ^ (c_ >> 4 & 3)) << 1) + (c_ & 1); };
-    int mine_at = word(own), other_at = word(own ^ 1);
+    // By way of shared memory, so that the compiler does not make the zeros again for each product.
+    u32 one[16 / KINDS];
+#pragma unroll
+    for (int q = 0; q < 16 / KINDS; q += 4) {
+        u32* way = (u32*)shared + 4 * threadIdx.x;
+        way[0] = at.lane >> 2 == q / 2 * KINDS + at.lane % KINDS ? 0x3f800000u : 0u;
+        way[2] = at.lane >> 2 == (q / 2 + 1) * KINDS + at.lane % KINDS ? 0x3f800000u : 0u;
+        way[1] = way[3] = 0;
+        uint4 v = lds128(shared_address(way));
+        one[q] = v.x, one[q + 1] = v.y, one[q + 2] = v.z, one[q + 3] = v.w;
+    }
+    float skip = d && at.on ? ld(d, at.ch) : 0.f, bias = dt_bias && at.on ? ld(dt_bias, at.ch) : 0.f, dd = 0, dbias = 0;
+    // Sums over warps of dc or db of the tokens of a SUB.
+    auto narrow = [&](const float* red, int start, int len, int which) {
+        constexpr int ALL = SUB * ROW, EACH = (ALL + THREADS_BWD - 1) / THREADS_BWD;
+        i64 first = (((i64)blockIdx.x * gridDim.z * T + base + start) * G + at.group) * (2 * STATES) + (which ? 0 : STATES);
+#pragma unroll
+        for (int k = 0; k < EACH; k++) {
+            int o = (threadIdx.x + which * (THREADS_BWD / 2)) % THREADS_BWD + k * THREADS_BWD;
+            if (o >= ALL) continue;
+            int i = o / ROW, n = o % ROW, s = n / HELD, r = n % HELD * KINDS + s % KINDS;
+            float v = 0;
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) {
+                const float* p = red + (w * SUB + i) * RED + r * COLUMNS;
+                if (COLUMNS == 4) {
+                    float4 q = *(const float4*)p;
+                    v += q.x + q.y + (q.z + q.w);
+                } else {
+#pragma unroll
+                    for (int q = 0; q < 8; q += LANES / 4) v += p[q + s / 4];
+                }
+            }
+            if (i < len && n < STATES) narrow_part[first + (i * (2 * G * STATES) + n)] = v;
+        }
+    };
     int runs_each = (chunk + fine - 1) / fine, runs = (T + chunk - 1) / chunk * runs_each;
     for (int f = runs - 1; f >= 0; f--) {
-        int t0 = f / runs_each * chunk + f % runs_each * fine, len = chunk - f % runs_each * fine, staged = -1;
+        int t0 = f / runs_each * chunk + f % runs_each * fine, len = chunk - f % runs_each * fine;
         len = len < fine ? len : fine;
         len = len < T - t0 ? len : T - t0;
         if (len <= 0) continue;
         const float* start = saved + (at.b * runs + f) * I * STATES;
-        auto stage = [&](int k) {
-            if (k == staged) return;
-            staged = k;
-            int c8 = threadIdx.x % (CHANNELS / 8) * 8, row = threadIdx.x / (CHANNELS / 8), i = k * STAGED + row, have = i < len ? at.count - c8 : 0;
-            i64 e = (base + t0 + i) * I + at.c0 + c8;
-            Some<TA0, 8> xv;
-            Some<TA1, 8> dv;
-            xv.get(x + e, have);
-            dv.get(dt + e, have);
-            bool cut = pos && i < len && pos[base + t0 + i] == 0;
-            __syncthreads();
-#pragma unroll
-            for (int r = 0; r < (STAGED * ROW + THREADS_BWD - 1) / THREADS_BWD; r++) {
-                int e = threadIdx.x + r * THREADS_BWD, i = e / ROW, n = e % (LANES * HELD), t = k * STAGED + i;
-                bool there = i < STAGED && t < len && n < STATES;
-                i64 m = ((base + t0 + t) * G + at.group) * STATES + n;
-                if (i < STAGED) bc[e] = !there ? 0.f : e % ROW < LANES * HELD ? ld(b, m) : ld(c, m);
-            }
-            float bias[8];
-            load<8>(bias, biases + c8);
-#pragma unroll
-            for (int j = 0; j < 8; j += 2) {
-                float s0 = softplus_fast(dv.at(j) + bias[j]), s1 = softplus_fast(dv.at(j + 1) + bias[j + 1]);
-                if (i >= len) s0 = s1 = 0;
-                *(float4*)&ps[row * CHANNELS + c8 + ((j / 2) ^ (c8 >> 4 & 3)) * 2] = make_float4(cut ? 1e30f : s0, s0 * xv.at(j), cut ? 1e30f : s1, s1 * xv.at(j + 1));
-            }
-            __syncthreads();
+        auto begin = [&]() {
+            take(h, start + (i64)at.ch * STATES, at.n0, at.on);
+            take(g, start + (i64)at.other * STATES, at.n0, at.on2);
         };
+        int subs = (len + SUB - 1) / SUB;
+        auto fetch = [&](int s) {
+            bring<SUB>(next, dy, z, x, dt, (base + t0 + s * SUB) * I + at.c0 + at.warp * CW, len - s * SUB, room, at.lane);
+            cp_commit();
+        };
+        fetch(subs - 1);
+        {
+            // All loads before their first use.
+            Narrow<FINE, THREADS_BWD, WIDE> all;
+            i64 first = ((base + t0) * G + at.group) * STATES, e = (base + t0) * I + at.ch;
+            int left = at.on ? len : 0;
+            u32 xv[FINE], dv[FINE];
+            all.get(b + first, c + first, len, threadIdx.x);
+#pragma unroll
+            for (int i = 0; i < FINE; i++) {
+                xv[i] = raw(x + e + i * I, i, left);
+                dv[i] = raw(dt + e + i * I, i, left, NO_STEP<TA1>);
+            }
+            begin();
+            all.put(bc, threadIdx.x);
+            for (int i = threadIdx.x; i < FINE; i += THREADS_BWD) bc[i * WIDE + 2 * ROW] = pos && i < len && pos[base + t0 + i] == 0 ? RESET : 0.f;
+#pragma unroll
+            for (int i = 0; i < FINE; i++) {
+                float s = softplus_straight(widened<TA1>(dv[i]) + bias);
+                if (LANES == 2 || at.sub < 2) ps[i * CHANNELS + at.own] = make_float2(s, s * widened<TA0>(xv[i]));
+            }
+        }
+        // What this run and the next one will ask for.
+        if (at.lane < len && at.warp * (64 / LANES) < at.count) {
+            i64 e = (base + t0 + at.lane) * I + at.c0 + at.warp * (64 / LANES);
+#pragma unroll
+            for (int k = 0; k < 64 / LANES; k += 32 / sizeof(TA10)) {
+                prefetch(dy + e + k);
+                if (z) prefetch(z + e + k);
+            }
+            if (f > 0) {
+                prefetch(start - I * STATES + (i64)at.ch * STATES + at.n0);
+                prefetch(start - I * STATES + (i64)at.other * STATES + at.n0);
+            }
+            if (t0 - fine + at.lane >= 0) {
+                e -= fine * I;
+#pragma unroll
+                for (int k = 0; k < 64 / LANES; k += 32 / sizeof(TA0)) {
+                    prefetch(x + e + k);
+                    prefetch(dt + e + k);
+                }
+            }
+        }
+        __syncthreads();
         auto advance = [&](int row) {
-            float2 p = ps[row * CHANNELS + mine_at], q = ps[row * CHANNELS + other_at];
+            float2 p = ps[row * CHANNELS + at.own], q = ps[row * CHANNELS + (at.own ^ 1)];
+            float cut = bc[row * WIDE + 2 * ROW];
 #pragma unroll
             for (int n = 0; n < HELD; n += 4) {
-                float4 bv = *(const float4*)(bc + row * ROW + n0 + n);
+                float4 bv = *(const float4*)(bc + row * WIDE + at.n0 + n);
                 const float bb[4] = {bv.x, bv.y, bv.z, bv.w};
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
-                    h[n + e] = exp2_fast(p.x * ah[n + e]) * h[n + e] + p.y * bb[e];
-                    g[n + e] = exp2_fast(q.x * ag[n + e]) * g[n + e] + q.y * bb[e];
+                    h[n + e] = exp2_fast(p.x * ah[n + e] + cut) * h[n + e] + p.y * bb[e];
+                    g[n + e] = exp2_fast(q.x * ag[n + e] + cut) * g[n + e] + q.y * bb[e];
                 }
             }
         };
-        auto begin = [&]() {
-#pragma unroll
-            for (int n = 0; n < HELD; n++) {
-                bool have = n0 + n < STATES;
-                h[n] = on && have ? start[(i64)ch * STATES + n0 + n] : 0.f;
-                g[n] = on2 && have ? start[(i64)other * STATES + n0 + n] : 0.f;
-            }
-        };
-        begin();
-        int subs = (len + SUB - 1) / SUB;
         for (int s = 0; s + 1 < subs; s++) {
-            stage(s * SUB / STAGED);
             if (s > 0)
 #pragma unroll
                 for (int v = 0; v < HELD / 4; v++) {
@@ -486,16 +524,27 @@ KERNEL __launch_bounds__(THREADS_BWD, HELD > 4 ? 1 : 2) scan_bwd(const TA0* x, c
                     kept[((s - 1) * (HELD / 2) + 2 * v + 1) * THREADS_BWD + threadIdx.x] = make_float4(g[4 * v], g[4 * v + 1], g[4 * v + 2], g[4 * v + 3]);
                 }
 #pragma unroll
-            for (int i = 0; i < SUB; i++) advance(s * SUB % STAGED + i);
+            for (int i = 0; i < SUB; i++) advance(s * SUB + i);
         }
+#pragma unroll 1
         for (int s = subs - 1; s >= 0; s--) {
-            stage(s * SUB / STAGED);
-            i64 e4 = (base + t0 + s * SUB + row4) * I + at.c0 + c4;
-            bool on4 = s * SUB + row4 < len;
-            Some<TA10, 4> yv;
-            Some<TA7, 4> zv;
-            yv.get(dy + e4, on4 ? have4 : 0);
-            if (z) zv.get(z + e4, on4 ? have4 : 0);
+            TA0 xv[SUB];
+            TA1 dv[SUB];
+            TA10 yv[SUB];
+            TA7 zv[SUB];
+            i64 e0 = (base + t0 + s * SUB) * I + at.ch;
+            int left = at.mine ? len - s * SUB : 0, left_z = dz ? left : 0;
+            cp_wait<0>();
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < SUB; i++) {
+                yv[i] = yr[i * CW + self];
+                if (z) zv[i] = zr[i * CW + self];
+                xv[i] = xr[i * CW + self];
+                dv[i] = dr[i * CW + self];
+            }
+            __syncwarp();
+            if (s > 0) fetch(s - 1);
             if (s < subs - 1) {
                 if (s > 0) {
 #pragma unroll
@@ -508,141 +557,88 @@ KERNEL __launch_bounds__(THREADS_BWD, HELD > 4 ? 1 : 2) scan_bwd(const TA0* x, c
                     begin();
                 }
             }
-            float hs[SUB][HELD], gs[SUB][HELD];
+            // States before each token and decays of it.
+            float hs[SUB][HELD], gs[SUB][HELD], eh[SUB][HELD], eg[SUB][HELD], gy[SUB];
+            float2 sums[SUB][HELD * KINDS / 8];
 #pragma unroll
             for (int i = 0; i < SUB; i++) {
-                advance(s * SUB % STAGED + i);
-#pragma unroll
-                for (int n = 0; n < HELD; n++) {
-                    hs[i][n] = h[n];
-                    gs[i][n] = g[n];
-                }
-            }
-            {
-                float v[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float zi = z ? zv.at(i) : 0.f;
-                    v[i] = z ? yv.at(i) * zi * sigmoid_fast(zi) : yv.at(i);
-                }
-                store<4>(plane + row4 * CHANNELS + c4, v);
-            }
-            __syncthreads();
-#pragma unroll
-            for (int i = SUB - 1; i >= 0; i--) {
-                int row = s * SUB % STAGED + i;
-                float2 p = ps[row * CHANNELS + mine_at], q = ps[row * CHANNELS + other_at];
-                float gy = plane[i * CHANNELS + own], gq = plane[i * CHANNELS + (own ^ 1)];
-                // A reset lets nothing through.
-                float sp = p.x > 1e29f ? 0.f : p.x, sq = q.x > 1e29f ? 0.f : q.x;
-                float sum = 0, sum2 = 0, dstep = 0, dstep2 = 0, db_ = 0, db2 = 0, dc[HELD], db[HELD];
+                int row = s * SUB + i;
+                float2 p = ps[row * CHANNELS + at.own], q = ps[row * CHANNELS + (at.own ^ 1)];
+                float cut = bc[row * WIDE + 2 * ROW], g0 = widen(yv[i]), zf = z ? widen(zv[i]) : 0.f, sz = sigmoid_fast(zf), sum = 0, sum2 = 0, dc[HELD];
+                gy[i] = z ? g0 * zf * sz : g0;
+                float gq = __shfl_xor_sync(FULL, gy[i], 1);
 #pragma unroll
                 for (int n = 0; n < HELD; n += 4) {
-                    float4 bv = *(const float4*)(bc + row * ROW + n0 + n), cv = *(const float4*)(bc + row * ROW + LANES * HELD + n0 + n);
+                    float4 bv = *(const float4*)(bc + row * WIDE + at.n0 + n), cv = *(const float4*)(bc + row * WIDE + ROW + at.n0 + n);
                     const float bb[4] = {bv.x, bv.y, bv.z, bv.w}, cc[4] = {cv.x, cv.y, cv.z, cv.w};
 #pragma unroll
                     for (int e = 0; e < 4; e++) {
                         int k = n + e;
-                        sum += cc[e] * hs[i][k];
-                        sum2 += cc[e] * gs[i][k];
-                        dh[k] += cc[e] * gy;
+                        hs[i][k] = h[k];
+                        gs[i][k] = g[k];
+                        eh[i][k] = exp2_fast(p.x * ah[k] + cut);
+                        eg[i][k] = exp2_fast(q.x * ag[k] + cut);
+                        h[k] = eh[i][k] * h[k] + p.y * bb[e];
+                        g[k] = eg[i][k] * g[k] + q.y * bb[e];
+                        sum += cc[e] * h[k];
+                        sum2 += cc[e] * g[k];
+                        dc[k] = gy[i] * h[k] + gq * g[k];
+                    }
+                }
+                gather(sums[i], dc, one);
+                float xf = widen(xv[i]);
+                sum = shared_sum(sum, sum2) + skip * xf;
+                dd += gy[i] * xf;
+                store_if(i, left_z, dz + e0 + i * I, g0 * sum * sz * (1.f + zf * (1.f - sz)));
+            }
+            scatter(red_c + at.warp * SUB * RED, sums, at.lane);
+            __syncthreads();
+            narrow(red_c, t0 + s * SUB, len - s * SUB, 0);
+#pragma unroll
+            for (int i = SUB - 1; i >= 0; i--) {
+                int row = s * SUB + i;
+                float2 p = ps[row * CHANNELS + at.own], q = ps[row * CHANNELS + (at.own ^ 1)];
+                float gq = __shfl_xor_sync(FULL, gy[i], 1), dstep = 0, dstep2 = 0, din = 0, din2 = 0, db[HELD];
+#pragma unroll
+                for (int n = 0; n < HELD; n += 4) {
+                    float4 bv = *(const float4*)(bc + row * WIDE + at.n0 + n), cv = *(const float4*)(bc + row * WIDE + ROW + at.n0 + n);
+                    const float bb[4] = {bv.x, bv.y, bv.z, bv.w}, cc[4] = {cv.x, cv.y, cv.z, cv.w};
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        int k = n + e;
+                        dh[k] += cc[e] * gy[i];
                         dg[k] += cc[e] * gq;
-                        dc[k] = gy * hs[i][k] + gq * gs[i][k];
                         db[k] = dh[k] * p.y + dg[k] * q.y;
-                        float u = dh[k] * (hs[i][k] - p.y * bb[e]), u2 = dg[k] * (gs[i][k] - q.y * bb[e]);
+                        din += dh[k] * bb[e];
+                        din2 += dg[k] * bb[e];
+                        dh[k] *= eh[i][k];
+                        dg[k] *= eg[i][k];
+                        float u = dh[k] * hs[i][k], u2 = dg[k] * gs[i][k];
                         dstep += ah[k] * u;
                         dstep2 += ag[k] * u2;
-                        da[k] += sp * u;
-                        dag[k] += sq * u2;
-                        db_ += dh[k] * bb[e];
-                        db2 += dg[k] * bb[e];
-                        dh[k] *= exp2_fast(p.x * ah[k]);
-                        dg[k] *= exp2_fast(q.x * ag[k]);
+                        da[k] += p.x * u;
+                        dag[k] += q.x * u2;
                     }
                 }
-                scatter(dc, db, red + ((threadIdx.x >> 5) * SUB + i) * ROW);
-                sum += __shfl_xor_sync(FULL, sum2, 1);
-                dstep += __shfl_xor_sync(FULL, dstep2, 1);
-                db_ += __shfl_xor_sync(FULL, db2, 1);
-                sum += __shfl_xor_sync(FULL, sum, 2);
-                dstep += __shfl_xor_sync(FULL, dstep, 2);
-                db_ += __shfl_xor_sync(FULL, db_, 2);
-                if (sub < 2) {
-                    plane[i * CHANNELS + own] = sum;
-                    plane[PLANE + i * CHANNELS + own] = dstep;
-                    plane[2 * PLANE + i * CHANNELS + own] = db_;
-                }
+                gather(sums[i], db, one);
+                dstep = shared_sum(dstep, dstep2);
+                din = shared_sum(din, din2);
+                float rd = (dstep * 0.69314718056f + widen(xv[i]) * din) * sigmoid_fast(widen(dv[i]) + bias);
+                store_if(i, left, ddt + e0 + i * I, rd);
+                store_if(i, left, dx + e0 + i * I, p.x * din + skip * gy[i]);
+                dbias += row < len ? rd : 0.f;
             }
+            scatter(red_b + at.warp * SUB * RED, sums, at.lane);
             __syncthreads();
-            if (on4 && have4 > 0) {
-                Some<TA0, 4> xv;
-                Some<TA1, 4> dv;
-                xv.get(x + e4, have4);
-                dv.get(dt + e4, have4);
-                yv.get(dy + e4, have4);
-                if (z) zv.get(z + e4, have4);
-                float sum[4], dstep[4], db_[4], skip[4], bias[4], dd[4], dbias[4];
-                int o = row4 * CHANNELS + c4;
-                load<4>(sum, plane + o);
-                load<4>(dstep, plane + PLANE + o);
-                load<4>(db_, plane + 2 * PLANE + o);
-                load<4>(skip, skips + c4);
-                load<4>(bias, biases + c4);
-                load<4>(dd, sums + o);
-                load<4>(dbias, sums + PLANE + o);
-                float rx[4], rd[4], rz[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    float xi = xv.at(i), raw = dv.at(i) + bias[i], g0 = yv.at(i), zi = z ? zv.at(i) : 0.f, sz = z ? sigmoid_fast(zi) : 0.f, gy = z ? g0 * zi * sz : g0;
-                    rd[i] = (dstep[i] * 0.69314718056f + xi * db_[i]) * sigmoid_fast(raw);
-                    rx[i] = softplus_fast(raw) * db_[i] + skip[i] * gy;
-                    rz[i] = g0 * (sum[i] + skip[i] * xi) * sz * (1.f + zi * (1.f - sz));
-                    dd[i] += gy * xi;
-                    dbias[i] += rd[i];
-                }
-                store<4>(sums + o, dd);
-                store<4>(sums + PLANE + o, dbias);
-#if VEC
-                store<4>(dx + e4, rx);
-                store<4>(ddt + e4, rd);
-                if (dz) store<4>(dz + e4, rz);
-#else
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    if (i < have4) {
-                        st(dx, e4 + i, rx[i]);
-                        st(ddt, e4 + i, rd[i]);
-                        if (dz) st(dz, e4 + i, rz[i]);
-                    }
-#endif
-            }
-            for (int e = threadIdx.x; e < SUB * ROW; e += THREADS_BWD) {
-                int i = e / ROW, n = e % (LANES * HELD);
-                float v = 0;
-#pragma unroll
-                for (int w = 0; w < THREADS_BWD / 32; w++) v += red[w * SUB * ROW + e];
-                if (s * SUB + i < len && n < STATES) {
-                    i64 row = (((i64)blockIdx.x * gridDim.z * T + base + t0 + s * SUB + i) * G + at.group) * 2;
-                    narrow_part[(row + (e % ROW < LANES * HELD ? 1 : 0)) * STATES + n] = v;
-                }
-            }
+            narrow(red_b, t0 + s * SUB, len - s * SUB, 1);
         }
     }
-    float* p = part + at.b * (((i64)I * (STATES + 2) + 3) / 4 * 4);
-#pragma unroll
-    for (int n = 0; n < HELD; n++) {
-        if (on && n0 + n < STATES) p[(i64)ch * STATES + n0 + n] = da[n];
-        if (on2 && n0 + n < STATES) p[(i64)other * STATES + n0 + n] = dag[n];
-    }
-    __syncthreads();
-    if (threadIdx.x < CHANNELS && threadIdx.x < at.count) {
-        float dd = 0, dbias = 0;
-        for (int i = 0; i < SUB; i++) {
-            dd += sums[i * CHANNELS + threadIdx.x];
-            dbias += sums[PLANE + i * CHANNELS + threadIdx.x];
-        }
-        p[(i64)I * STATES + at.c0 + threadIdx.x] = dd;
-        p[(i64)I * (STATES + 1) + at.c0 + threadIdx.x] = dbias;
+    float* p = part + at.b * ((I * (STATES + 2) + 3) / 4 * 4);
+    put(p + (i64)at.ch * STATES, da, at.n0, at.on);
+    put(p + (i64)at.other * STATES, dag, at.n0, at.on2);
+    if (at.mine) {
+        p[I * STATES + at.ch] = dd;
+        p[I * (STATES + 1) + at.ch] = dbias;
     }
 }
 // db and dc: sums over the blocks of a group.

@@ -1,5 +1,6 @@
-//! Launches of the Mamba-1 scan: four lanes share two channels; 64 channels a block forward, up to 128 backward. With few channels time is split into parts: states of the parts, their joining, then outputs. Backward goes over short runs in reverse, states made again from the saved ones; all sums are
-//! in a fixed order.
+//! Launches of the Mamba-1 scan: two lanes or more share two channels, warps need nothing of each other. With few channels time is split
+//! into parts: states of the parts, their joining, then outputs. Backward goes over short runs in reverse, states made again from the saved
+//! ones; all sums are in a fixed order.
 
 use crate::record::{Args, DType, Param, Recorder, THREADS, Tensor, define, flag, int, long, over};
 use crate::reduce::sum_parts;
@@ -7,22 +8,18 @@ use crate::reduce::sum_parts;
 /// Threads of a block forward.
 const FORWARD: usize = 128;
 
-/// Channels of a block forward.
-const WIDE: usize = 64;
+/// Tokens of the runs backward, longest first, and between states that a run keeps.
+const RUNS: [usize; 3] = [32, 16, 8];
+const SUB: usize = 4;
 
-/// Tokens of the shortest runs backward; tokens whose steps it has in shared memory, and whose states in registers.
-const TILE: usize = 16;
-const STAGED: usize = 16;
-const SUB: usize = 8;
-
-/// Tokens whose steps are made together forward.
-const BATCH: usize = 16;
+/// Multiples of tokens that forward takes at once.
+const TILE: usize = 8;
 
 /// Shared memory that a block may ask for on every architecture, less what it has besides.
 const SHARED: usize = 98 << 10;
 
-/// Blocks forward that fill a large device once: four on each of 132 multiprocessors.
-const FULL: usize = 528;
+/// Blocks forward that fill a large device once: two on each of 132 multiprocessors.
+const FULL: usize = 264;
 
 struct Shape {
     b: usize,
@@ -32,23 +29,28 @@ struct Shape {
     n: usize,
     /// Blocks of a group forward.
     wide: usize,
-    /// Padded states of a thread for one channel.
+    /// Threads that share two channels, and padded states of one of them for one channel.
+    lanes: usize,
     held: usize,
     defines: Vec<(String, String)>,
 }
 
 impl Shape {
-    fn of(a: &Args, chunk: usize, whole: &[&Tensor]) -> Shape {
+    fn of(a: &Args, chunk: usize) -> Shape {
         let (x, g, n) = (a.arg(0), a.arg(3).size(2).max(1), a.arg(2).size(1));
         let per = x.size(2) / g;
-        let aligned = |t: &&Tensor| t.ptr.is_multiple_of(16);
-        let vector = per.is_multiple_of(8) && whole.iter().all(aligned);
+        let whole = [a.arg(0), a.arg(1), a.arg(3), a.arg(4), a.arg(7), a.arg(10)];
+        let vector = per.is_multiple_of(8) && whole.iter().all(|t| t.ptr.is_multiple_of(16));
+        // As in the kernels.
+        let lanes = n.div_ceil(8).next_power_of_two().clamp(2, 32);
         let mut defines = a.types();
         defines.retain(|(name, _)| name.starts_with("TA") || name == "TR0" || name == "TR1");
         defines.extend([
             define("STATES", n),
+            define("WIDTH", x.size(2)),
+            define("GROUPS", g),
             define("VEC", u8::from(vector)),
-            define("EVEN", u8::from(chunk.is_multiple_of(BATCH))),
+            define("EVEN", u8::from(chunk.is_multiple_of(TILE))),
         ]);
         Shape {
             b: x.size(0),
@@ -56,14 +58,15 @@ impl Shape {
             i: x.size(2),
             g,
             n,
-            wide: per.div_ceil(WIDE),
-            held: n.div_ceil(4).next_multiple_of(4),
+            wide: per.div_ceil(2 * FORWARD / lanes),
+            lanes,
+            held: n.div_ceil(lanes).next_multiple_of(4),
             defines,
         }
     }
 
-    fn sizes(&self, chunk: usize) -> [Param; 4] {
-        [int(self.t), int(self.i), int(self.g), int(chunk)]
+    fn sizes(&self, chunk: usize) -> [Param; 2] {
+        [int(self.t), int(chunk)]
     }
 }
 
@@ -105,17 +108,16 @@ fn states(
 
 /// `y`, then `state` or `saved`, of `x, dt, a, b, c, d?, dt_bias?, z?, pos?, state?`.
 pub fn selective_scan(r: &mut Recorder, a: &Args, chunk: usize) {
-    let (x, dt, z) = (a.arg(0), a.arg(1), a.arg(7));
     let absent = Tensor::ABSENT;
     let (state, saved) = match a.arg(9).is_present() {
         true => (a.res(1), &absent),
         false => (&absent, a.res(1)),
     };
-    let s = Shape::of(a, chunk, &[x, dt, z, a.res(0)]);
+    let s = Shape::of(a, chunk);
     let blocks = s.wide * s.g * s.b;
     let chunks = s.t.div_ceil(chunk);
     let parts = match blocks {
-        0 | 264.. => 1,
+        0 | 132.. => 1,
         _ => (FULL / blocks).clamp(1, chunks.max(1)),
     };
     let part = chunks.div_ceil(parts).max(1) * chunk;
@@ -166,7 +168,6 @@ pub fn selective_scan(r: &mut Recorder, a: &Args, chunk: usize) {
 /// `dx, ddt, da, db, dc`, then `dd, ddt_bias, dz` where their arguments are present, of
 /// `x, dt, a, b, c, d?, dt_bias?, z?, pos?, saved, dy`.
 pub fn selective_scan_bwd(r: &mut Recorder, a: &Args, chunk: usize) {
-    let (x, dt, z, dy) = (a.arg(0), a.arg(1), a.arg(7), a.arg(10));
     let mut next = 5;
     let mut optional = |slot: usize| match a.arg(slot).is_present() {
         true => {
@@ -176,22 +177,26 @@ pub fn selective_scan_bwd(r: &mut Recorder, a: &Args, chunk: usize) {
         false => Tensor::ABSENT,
     };
     let (dd, ddt_bias, dz) = (optional(5), optional(6), optional(7));
-    let s = Shape::of(a, chunk, &[x, dt, z, dy, a.res(0), a.res(1), &dz]);
-    // As many channels, and then runs as long, as shared memory allows.
-    let shared = |(channels, run): (usize, usize)| {
-        let threads = 2 * channels;
-        let kept = (run / SUB).saturating_sub(2) * s.held * 2 * threads;
-        let narrow = (STAGED + threads / 32 * SUB) * s.held * 8;
-        4 * (kept + STAGED * channels * 2 + narrow + 5 * SUB * channels)
+    let s = Shape::of(a, chunk);
+    let element: usize = [0, 1, 7, 10].map(|k| a.arg(k).dtype.bytes()).iter().sum();
+    // Runs as long, and then warps as many, as shared memory allows.
+    let (kinds, row) = (s.lanes.min(4), s.lanes * s.held);
+    let shared = |(run, warps): (usize, usize)| {
+        let kept = (run / SUB).saturating_sub(2) * s.held * 2 * 32 * warps;
+        let columns = if s.lanes <= 4 { 4 } else { 8 };
+        let sums = kinds * s.held * columns;
+        let channels = 64 / s.lanes * warps;
+        4 * (kept + run * (2 * row + 4) + 2 * warps * SUB * sums + run * 2 * channels)
+            + SUB * channels * element
     };
-    let sizes = [128, 64, 32].map(|c| [64, 32, TILE].map(|run| (c, run)));
+    let sizes = RUNS.map(|run| [4, 2, 1].map(|warps| (run, warps)));
     let sizes = sizes.as_flattened();
     let fits = sizes.iter().find(|&&size| shared(size) <= SHARED);
-    let &(channels, run) = fits.unwrap_or(&(32, TILE));
-    let (shared, fine) = (shared((channels, run)), run.min(chunk));
-    let blocks = (s.i / s.g).div_ceil(channels);
+    let &(run, warps) = fits.unwrap_or(&(8, 1));
+    let (shared, fine) = (shared((run, warps)), run.min(chunk));
+    let blocks = (s.i / s.g).div_ceil(64 / s.lanes * warps);
     let mut defines = s.defines.clone();
-    defines.extend([define("FINE", run), define("CHANNELS", channels)]);
+    defines.extend([define("FINE", run), define("WARPS", warps)]);
     let absent = Tensor::ABSENT;
     let mut saved = a.arg(9).clone();
     if fine < chunk {
@@ -209,7 +214,7 @@ pub fn selective_scan_bwd(r: &mut Recorder, a: &Args, chunk: usize) {
     let mut params: Vec<Param> = (0..9).map(|k| a.arg(k).into()).collect();
     params.extend([
         (&saved).into(),
-        dy.into(),
+        a.arg(10).into(),
         a.res(0).into(),
         a.res(1).into(),
         (&dz).into(),
@@ -222,7 +227,7 @@ pub fn selective_scan_bwd(r: &mut Recorder, a: &Args, chunk: usize) {
         ("selective_scan", "scan_bwd"),
         defines.clone(),
         [blocks, s.g, s.b],
-        2 * channels,
+        32 * warps,
         shared,
         params,
     );

@@ -6,7 +6,7 @@ use crate::{Letter, ParamInit, Type, TypeError, ValueId, dims};
 use marimba_dsl::model::{DtBcNorm, Mamba1 as Spec};
 
 /// Tokens between saved states of the scan.
-const CHUNK: usize = 64;
+const CHUNK: usize = 32;
 
 /// Parameters below `w`: `in_proj [I+I, D]` in the order x, z; `conv [I, K]`; for each of the M heads `x_proj [M*(R+N+N), I/M]` in the
 /// order dt, B, C and `dt_proj [I, R]`; `dt_bias d [I]`; `a_log [I, N]`; `dt_norm b_norm c_norm`; `out_proj [D, I]`. States: `conv ssm`.

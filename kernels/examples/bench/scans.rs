@@ -92,7 +92,7 @@ fn mamba2(s: Ssd) -> Graph {
 }
 
 fn mamba1(b: usize, t: usize, i: usize, n: usize) -> Graph {
-    let chunk = 64;
+    let chunk = 32;
     let mut x = Graph::default();
     let (wide, narrow) = ([b, t, i], [b, t, 1, n]);
     let (u, dt) = (x.noise(&wide, 1.0), x.noise(&wide, 1.0));

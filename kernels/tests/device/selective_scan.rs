@@ -23,7 +23,12 @@ fn mamba1_of_odd_widths() {
 
 #[test]
 fn mamba1_of_wide_states() {
-    mamba1_of(&[(1, 19, 4, 70, 1, 16, true)]);
+    mamba1_of(&[(1, 19, 4, 70, 1, 16, true), (1, 21, 6, 24, 2, 32, true)]);
+}
+
+#[test]
+fn mamba1_in_runs() {
+    mamba1_of(&[(1, 75, 10, 16, 2, 32, true), (1, 9, 70, 16, 1, 32, true)]);
 }
 
 /// Batch, tokens, channels, states, groups, chunk and whether there are documents.
