@@ -242,152 +242,180 @@ template <int W, int ROWS, int THREADS> __device__ __forceinline__ void put(bf16
 #endif
     }
 }
-// inv, mix and ends of all heads of a group, two heads at a time. The inverse is made in f32, a column a thread: rows of 16 tokens, first
-// less what the rows above add, then among themselves. A lies transposed, [s][t] for s < t, in rows of PAD; columns of the inverse
-// take the other half, [t][s] for s <= t. Grid (tiles, G, B).
+// inv, mix and ends of all heads of a group, two heads at a time. The inverse is made in f32, a column a thread, by rows of 16: first less what
+// the rows above add, then among themselves. A lies transposed, [s][t] for s < t, in rows of PAD; columns of the inverse take the other
+// half, [t][s] for s < t, and its diagonal is 1. Grid (tiles, G, B).
 #define PREPARERS (2 * Q)
 #define PAD (Q + 4)
 #if !GRADS
-KERNEL __launch_bounds__(PREPARERS) delta_prepare(const bf16* q, const bf16* k, const float* gate, const float* beta, const int* pos, bf16* inv, bf16* mix, float* ends, int T, int G, int H, int N, int chunk) {
+// acc -= rows r0.. of A, less the columns from s0 to s1, by column `col` of x.
+__device__ __forceinline__ void less(float* acc, const float* x, int r0, int s0, int s1, int col) {
+#pragma unroll 4
+    for (int s = s0; s < s1; s++) {
+        float xs = s > col ? x[s * PAD + col] : s == col ? 1.f : 0.f;
+#pragma unroll
+        for (int r = 0; r < 16; r += 4) {
+            float4 w = *(const float4*)(x + s * PAD + r0 + r);
+            acc[r] -= w.x * xs;
+            acc[r + 1] -= w.y * xs;
+            acc[r + 2] -= w.z * xs;
+            acc[r + 3] -= w.w * xs;
+        }
+    }
+}
+__device__ __forceinline__ void among(float* acc, float* x, int r0, int col) {
+#pragma unroll
+    for (int s = 0; s < 16; s++) {
+        const float* w = x + (r0 + s) * PAD + r0;
+#pragma unroll
+        for (int r = 0; r < 16; r += 4) {
+            if (r > s) {
+                float4 v = *(const float4*)(w + r);
+                acc[r] -= v.x * acc[s];
+                acc[r + 1] -= v.y * acc[s];
+                acc[r + 2] -= v.z * acc[s];
+                acc[r + 3] -= v.w * acc[s];
+            } else {
+#pragma unroll
+                for (int j = r; j < r + 4; j++)
+                    if (j > s) acc[j] -= w[j] * acc[s];
+            }
+        }
+        if (r0 + s > col) x[(r0 + s) * PAD + col] = acc[s];
+    }
+}
+KERNEL __launch_bounds__(PREPARERS, 3) delta_prepare(const bf16* q, const bf16* k, const float* gate, const float* beta, const int* pos, bf16* inv, bf16* mix, float* ends, int T, int G, int H, int N, int chunk) {
     DYNAMIC_SHARED(shared);
-    __shared__ float cum[2][Q], bet[2][Q];
+    __shared__ __align__(16) float cum[2][Q], bet[2][Q];
     __shared__ u32 bits[2];
     LANE
     Tile at = Tiles(T, chunk).at(blockIdx.x);
-    int tile_ = blockIdx.x, group = blockIdx.y, len = at.len, heads = H / G;
+    int len = at.len, heads = H / G, first = blockIdx.y * heads, mine = threadIdx.x / Q, i = threadIdx.x % Q;
     if (len <= 0) return;
-    i64 b = blockIdx.z, row = b * T + at.start, place = (b * gridDim.x + tile_) * H;
+    i64 b = blockIdx.z, row = b * T + at.start, place = (b * gridDim.x + blockIdx.x) * H + first, key = (row * G + blockIdx.y) * N;
+    u32 ktile = shared_address(shared), qtile = ktile + KT;
+    float* a = (float*)(shared + 2 * KT);
+    fetch<NN, Q, PREPARERS>(ktile, k + key, (i64)G * N, len, N);
+    fetch<NN, Q, PREPARERS>(qtile, q + key, (i64)G * N, len, N);
+    cp_commit();
+    // Scalars of the next two heads are under way while the last two are worked on.
+    float log_decay, factor;
+    auto scalars = [&](int h0) {
+        bool on = i < len && h0 + mine < heads;
+        i64 e = (row + i) * H + first + h0 + mine;
+        log_decay = on ? gate[e] * 1.4426950408889634f : 0.f;
+        factor = on ? beta[e] : 0.f;
+    };
+    scalars(0);
     u64 starts = starts_of(pos, row, len, bits);
-    constexpr u32 SLICE = Q * 64 * 2;
-    u32 ktile = shared_address(shared), qtile = ktile + SLICE;
+    int own_begin = begin_of(starts, i), last_begin = begin_of(starts, Q - 1);
+    cp_wait<0>();
+    __syncthreads();
     float kk[Q / 8][4] = {}, qk[Q / 8][4] = {};
-    for (int n0 = 0; n0 < N; n0 += 64) {
-        fetch<64, Q, PREPARERS>(ktile, k + (row * G + group) * N + n0, (i64)G * N, len, N - n0);
-        fetch<64, Q, PREPARERS>(qtile, q + (row * G + group) * N + n0, (i64)G * N, len, N - n0);
-        cp_commit();
-        cp_wait<0>();
-        __syncthreads();
+#pragma unroll 2
+    for (int c = 0; c < NN / 16; c++) {
+        u32 fk[4], fq[4];
+        ldsm4(fk, frag_a<NN>(ktile, warp * 16, c * 16));
+        ldsm4(fq, frag_a<NN>(qtile, warp * 16, c * 16));
 #pragma unroll
-        for (int c = 0; c < 4; c++) {
-            u32 fk[4], fq[4];
-            ldsm4(fk, frag_a<64>(ktile, warp * 16, c * 16));
-            ldsm4(fq, frag_a<64>(qtile, warp * 16, c * 16));
-#pragma unroll
-            for (int u = 0; u < Q / 16; u++) {
-                if (u > warp) continue;
-                u32 f[4];
-                ldsm4(f, frag_b<64>(ktile, u * 16, c * 16));
-                mma(kk[2 * u], fk, f);
-                mma(kk[2 * u + 1], fk, f + 2);
-                mma(qk[2 * u], fq, f);
-                mma(qk[2 * u + 1], fq, f + 2);
-            }
+        for (int u = 0; u < Q / 16; u++) {
+            if (u > warp) continue;
+            u32 f[4];
+            ldsm4(f, frag_b<NN>(ktile, u * 16, c * 16));
+            mma(kk[2 * u], fk, f);
+            mma(kk[2 * u + 1], fk, f + 2);
+            mma(qk[2 * u], fq, f);
+            mma(qk[2 * u + 1], fq, f + 2);
         }
-        __syncthreads();
     }
-    float* a = (float*)(shared + 2 * SLICE);
-    int mine = threadIdx.x / Q, i = threadIdx.x % Q;
     for (int h0 = 0; h0 < heads; h0 += 2) {
-        int h = group * heads + (h0 + mine < heads ? h0 + mine : h0);
-        bool on = i < len && begin_of(starts, i) != i;
-        float v = on ? gate[(row + i) * H + h] * 1.4426950408889634f : 0.f;
+        float v = own_begin == i ? 0.f : log_decay, bv = factor;
+        if (h0 + 2 < heads) scalars(h0 + 2);
 #pragma unroll
         for (int m = 1; m < 32; m <<= 1) {
             float w = __shfl_up_sync(FULL, v, m);
             if (lane >= m) v += w;
         }
+        // Also the last use of keys, queries and what the heads before left.
+        __syncthreads();
         cum[mine][i] = v;
-        float bv = i < len ? beta[(row + i) * H + h] : 0.f;
         bet[mine][i] = bv;
         __syncthreads();
         if (i >= 32) v += cum[mine][31];
         __syncthreads();
-        cum[mine][i] = v;
+        if (i >= 32) cum[mine][i] = v;
         __syncthreads();
         if (h0 + mine < heads) {
-            float* e = ends + (place + h) * 4 * Q + i;
-            e[0] = begin_of(starts, i) < 0 ? exp2_fast(v) : 0.f;
-            e[Q] = i >= begin_of(starts, Q - 1) ? exp2_fast(cum[mine][Q - 1] - v) : 0.f;
+            float* e = ends + (place + h0 + mine) * 4 * Q + i;
+            e[0] = own_begin < 0 ? exp2_fast(v) : 0.f;
+            e[Q] = i >= last_begin ? exp2_fast(cum[mine][Q - 1] - v) : 0.f;
             e[2 * Q] = v;
             e[3 * Q] = bv;
         }
 #pragma unroll
-        for (int two = 0; two < 2; two++)
+        for (int half = 0; half < 2; half++) {
+            int to = warp * 16 + g + half * 8, from = begin_of(starts, to);
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int to = warp * 16 + g + half * 8, from = begin_of(starts, to);
+            for (int two = 0; two < 2; two++) {
                 float top = cum[two][to], bt = bet[two][to];
 #pragma unroll
                 for (int j = 0; j < Q / 8; j++) {
                     if (j > 2 * warp + 1) continue;
                     float m[2];
+                    float2 low_ = *(const float2*)&cum[two][j * 8 + t * 2];
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         int s = j * 8 + t * 2 + e;
-                        float d = s <= to && s >= from ? exp2_fast(top - cum[two][s]) : 0.f;
+                        float d = s <= to && s >= from ? exp2_fast(top - (e ? low_.y : low_.x)) : 0.f;
                         m[e] = d * qk[j][half * 2 + e];
                         if (s < to) a[(two * Q + s) * PAD + to] = d * bt * kk[j][half * 2 + e];
                     }
                     sts32(ktile + two * QT + tile<Q>(to, j * 8 + t * 2), pack(m[0], m[1]));
                 }
             }
+        }
         __syncthreads();
         {
             float* x = a + mine * Q * PAD;
-            int first = i & ~31;
-            for (int r0 = first; r0 < Q; r0 += 16) {
-                float acc[16];
+            float acc[16];
 #pragma unroll
-                for (int r = 0; r < 16; r++) acc[r] = r0 + r == i ? 1.f : 0.f;
-#pragma unroll 4
-                for (int s = first; s < r0; s++) {
-                    float xs = s >= i ? x[s * PAD + i] : 0.f;
+            for (int r = 0; r < 2; r++) {
+                int r0 = (i & ~31) + r * 16;
 #pragma unroll
-                    for (int r = 0; r < 16; r += 4) {
-                        float4 w = *(const float4*)(x + s * PAD + r0 + r);
-                        acc[r] -= w.x * xs;
-                        acc[r + 1] -= w.y * xs;
-                        acc[r + 2] -= w.z * xs;
-                        acc[r + 3] -= w.w * xs;
-                    }
-                }
-#pragma unroll
-                for (int s = 0; s < 16; s++) {
-                    const float* w = x + (r0 + s) * PAD + r0;
-#pragma unroll
-                    for (int r = 0; r < 16; r += 4) {
-                        if (r > s) {
-                            float4 v = *(const float4*)(w + r);
-                            acc[r] -= v.x * acc[s];
-                            acc[r + 1] -= v.y * acc[s];
-                            acc[r + 2] -= v.z * acc[s];
-                            acc[r + 3] -= v.w * acc[s];
-                        } else {
-#pragma unroll
-                            for (int j = r; j < r + 4; j++)
-                                if (j > s) acc[j] -= w[j] * acc[s];
-                        }
-                    }
-                    if (r0 + s >= i) x[(r0 + s) * PAD + i] = acc[s];
-                }
+                for (int j = 0; j < 16; j++) acc[j] = r0 + j == i ? 1.f : 0.f;
+                if (r) less(acc, x, r0, r0 - 16, r0, i);
+                among(acc, x, r0, i);
             }
+#if Q == 64
+            // Rows from 32 on of the first 32 columns, 16 rows a warp.
+            int r0 = 32 + (i >> 5) * 16;
+#pragma unroll
+            for (int j = 0; j < 16; j++) acc[j] = 0.f;
+            __syncthreads();
+            less(acc, x, r0, 0, 32, lane);
+            if (i < 32) among(acc, x, r0, lane);
+            __syncthreads();
+            if (i >= 32) {
+                less(acc, x, r0, 32, 48, lane);
+                among(acc, x, r0, lane);
+            }
+#endif
         }
         __syncthreads();
 #pragma unroll
         for (int two = 0; two < 2; two++) {
             if (h0 + two >= heads) continue;
-            i64 out = (place + group * heads + h0 + two) * Q * Q;
-            for (int e = threadIdx.x; e < Q * Q / 8; e += PREPARERS) {
-                int to = e / (Q / 8), s = e % (Q / 8) * 8;
-                float w[8];
-#pragma unroll
-                for (int j = 0; j < 8; j++) w[j] = s + j <= to ? a[(two * Q + to) * PAD + s + j] * bet[two][s + j] : 0.f;
-                st8(inv + out, to * Q + s, w);
-                uint4 m = lds128(ktile + two * QT + tile<Q>(to, s));
-                *(uint4*)(mix + out + to * Q + s) = s <= to ? m : uint4{0, 0, 0, 0};
+            i64 out = (place + h0 + two) * Q * Q;
+#pragma unroll 4
+            for (int e = threadIdx.x; e < Q * Q / 4; e += PREPARERS) {
+                int to = e / (Q / 4), s = e % (Q / 4) * 4;
+                float4 x = *(const float4*)(a + (two * Q + to) * PAD + s), f = *(const float4*)&bet[two][s];
+                auto at_ = [&](float v, int j) { return s + j < to ? v : s + j == to ? 1.f : 0.f; };
+                u32 m = ktile + two * QT + tile<Q>(to, s);
+                *(uint2*)(inv + out + e * 4) = uint2{pack(at_(x.x, 0) * f.x, at_(x.y, 1) * f.y), pack(at_(x.z, 2) * f.z, at_(x.w, 3) * f.w)};
+                *(uint2*)(mix + out + e * 4) = s <= to ? uint2{lds32(m), lds32(m + 4)} : uint2{0, 0};
             }
         }
-        __syncthreads();
     }
 }
 #endif
@@ -504,6 +532,7 @@ __device__ __forceinline__ void columns(u32 (*a)[4], u32 tile_, int p) {
 // Into columns p.. of a tile [Q][PB].
 __device__ __forceinline__ void put_columns(u32 tile_, int p, const u32 (*a)[4]) {
     int g = threadIdx.x >> 2 & 7, t = threadIdx.x & 3;
+    __syncwarp();
 #pragma unroll
     for (int c = 0; c < Q / 16; c++)
 #pragma unroll
@@ -693,16 +722,17 @@ KERNEL __launch_bounds__(WALKERS) delta_dstates(const bf16* q, const bf16* k, co
         add_state(s, a, ktile);
     }
 }
-#define GRADERS 256
+#define GRADERS 512
 #define GW (GRADERS / 32)
-#define MB (Q / 32)
-#define NB (NN / 32)
+#define WM (Q / 16)
+#define WN (GW / WM)
+#define NB (NN / 8 / WN)
 #define EIGHTHS (Q / 16 * (Q / 16 + 1))
 #define BG ((EIGHTHS + GW - 1) / GW)
 // Parts of the sums over a tile of one head, by the warps that make them: of decays within the tile, by row and by column, of those from
 // before and to after it; products of dv and D at the diagonal, and of the state and its gradient.
 struct Sums {
-    float rows[Q / 8][Q], cols[Q / 16][Q], before[4][Q], after[4][Q], diagonal[Q], through[GW];
+    float rows[Q / 8][Q], cols[Q / 16][Q], before[WN][Q], after[WN][Q], diagonal[Q], through[GW];
 };
 // Row of 16 and column of 8 of tile `i` of the lower triangle.
 __device__ __forceinline__ void eighth_of(int i, int& row, int& col) {
@@ -751,7 +781,7 @@ KERNEL __launch_bounds__(GRADERS, 1) delta_grads(const bf16* q, const bf16* k, c
     cp_wait<0>();
     __syncthreads();
     // Products of keys and queries in the tiles of the triangle that this warp takes.
-    int wm = warp & 1, wn = warp >> 1, n0 = wn * (NN / 4), m0 = wm * MB * 16;
+    int wm = warp % WM, wn = warp / WM, n0 = wn * NB * 8, m0 = wm * 16;
     float qk[BG][4] = {}, kk[BG][4] = {}, ee[BG][4] = {}, ff[BG][4] = {};
     int bq[BG], bs[BG];
 #pragma unroll
@@ -770,7 +800,7 @@ KERNEL __launch_bounds__(GRADERS, 1) delta_grads(const bf16* q, const bf16* k, c
             }
         }
     }
-    float gq[MB][NB][4] = {}, gk[MB][NB][4] = {};
+    float gq[NB][4] = {}, gk[NB][4] = {};
     // The gradients of the scalars of one head, by one warp, from the parts of its sums.
     auto finish = [&](int it) {
         int h = h_from + it / slices;
@@ -788,14 +818,14 @@ KERNEL __launch_bounds__(GRADERS, 1) delta_grads(const bf16* q, const bf16* k, c
             for (int j = 0; j < i / 16 * 2 + 2; j++) mine += su.rows[j][i];
             for (int j = i / 16; j < Q / 16; j++) mine -= su.cols[j][i];
 #pragma unroll
-            for (int j = 0; j < 4; j++) mine += su.before[j][i];
+            for (int j = 0; j < WN; j++) mine += su.before[j][i];
             up[e] = mine;
         }
 #pragma unroll
         for (int e = 0; e < E; e++) {
             down[e] = before;
 #pragma unroll
-            for (int j = 0; j < 4; j++) before += su.after[j][lane * E + e];
+            for (int j = 0; j < WN; j++) before += su.after[j][lane * E + e];
         }
         float u = mine, v = before;
 #pragma unroll
@@ -878,66 +908,54 @@ KERNEL __launch_bounds__(GRADERS, 1) delta_grads(const bf16* q, const bf16* k, c
             }
         }
         {
-            float ts[MB][NB][4] = {}, tz[MB][NB][4] = {};
+            float ts[NB][4] = {}, tz[NB][4] = {};
 #pragma unroll
             for (int c = 0; c < PP / 16; c++) {
-                u32 fo[MB][4], fz[MB][4];
-#pragma unroll
-                for (int m = 0; m < MB; m++) {
-                    ldsm4(fo[m], frag_a<PP>(otile, m0 + m * 16, c * 16));
-                    ldsm4(fz[m], frag_a<PP>(ztile, m0 + m * 16, c * 16));
-                }
+                u32 fo[4], fz[4];
+                ldsm4(fo, frag_a<PP>(otile, m0, c * 16));
+                ldsm4(fz, frag_a<PP>(ztile, m0, c * 16));
 #pragma unroll
                 for (int u = 0; u < NB / 2; u++) {
                     u32 f[4];
                     ldsm4t(f, frag_b_across<NN>(stile, n0 + u * 16, c * 16));
-#pragma unroll
-                    for (int m = 0; m < MB; m++) {
-                        mma(ts[m][2 * u], fo[m], f);
-                        mma(ts[m][2 * u + 1], fo[m], f + 2);
-                        mma(tz[m][2 * u], fz[m], f);
-                        mma(tz[m][2 * u + 1], fz[m], f + 2);
-                    }
+                    mma(ts[2 * u], fo, f);
+                    mma(ts[2 * u + 1], fo, f + 2);
+                    mma(tz[2 * u], fz, f);
+                    mma(tz[2 * u + 1], fz, f + 2);
                 }
             }
 #pragma unroll
-            for (int m = 0; m < MB; m++)
+            for (int half = 0; half < 2; half++) {
+                int i = m0 + g + half * 8;
+                float w = in[i], dot = 0;
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    int i = m0 + m * 16 + g + half * 8;
-                    float w = in[i], dot = 0;
-#pragma unroll
-                    for (int j = 0; j < NB; j++) {
-                        u32 place = tile<NN>(i, n0 + j * 8 + t * 2), qw = lds32(qtile + place), kw = lds32(ktile + place);
-                        const float *x = ts[m][j] + half * 2, *y = tz[m][j] + half * 2;
-                        dot += x[0] * low(qw) + x[1] * high(qw) - y[0] * low(kw) - y[1] * high(kw);
-                        gq[m][j][half * 2] += w * x[0];
-                        gq[m][j][half * 2 + 1] += w * x[1];
-                        gk[m][j][half * 2] -= w * y[0];
-                        gk[m][j][half * 2 + 1] -= w * y[1];
-                    }
-                    dot += __shfl_xor_sync(FULL, dot, 1);
-                    dot += __shfl_xor_sync(FULL, dot, 2);
-                    if (t == 0) add(su.before[wn][i], w * dot);
+                for (int j = 0; j < NB; j++) {
+                    u32 place = tile<NN>(i, n0 + j * 8 + t * 2), qw = lds32(qtile + place), kw = lds32(ktile + place);
+                    const float *x = ts[j] + half * 2, *y = tz[j] + half * 2;
+                    dot += x[0] * low(qw) + x[1] * high(qw) - y[0] * low(kw) - y[1] * high(kw);
+                    gq[j][half * 2] += w * x[0];
+                    gq[j][half * 2 + 1] += w * x[1];
+                    gk[j][half * 2] -= w * y[0];
+                    gk[j][half * 2 + 1] -= w * y[1];
                 }
+                dot += __shfl_xor_sync(FULL, dot, 1);
+                dot += __shfl_xor_sync(FULL, dot, 2);
+                if (t == 0) add(su.before[wn][i], w * dot);
+            }
         }
         {
-            float td[MB][NB][4] = {}, through = 0;
+            float td[NB][4] = {}, through = 0;
 #pragma unroll
             for (int c = 0; c < PP / 16; c++) {
-                u32 fd[MB][4];
-#pragma unroll
-                for (int m = 0; m < MB; m++) ldsm4(fd[m], frag_a<PP>(dtile, m0 + m * 16, c * 16));
+                u32 fd[4];
+                ldsm4(fd, frag_a<PP>(dtile, m0, c * 16));
 #pragma unroll
                 for (int u = 0; u < NB / 2; u++) {
                     u32 f[4];
                     ldsm4t(f, frag_b_across<NN>(gtile, n0 + u * 16, c * 16));
-#pragma unroll
-                    for (int m = 0; m < MB; m++) {
-                        mma(td[m][2 * u], fd[m], f);
-                        mma(td[m][2 * u + 1], fd[m], f + 2);
-                    }
-                    if (wm == (c & 1)) {
+                    mma(td[2 * u], fd, f);
+                    mma(td[2 * u + 1], fd, f + 2);
+                    if (wm == c % WM) {
                         u32 fs[4];
                         ldsm4t(fs, frag_b_across<NN>(stile, n0 + u * 16, c * 16));
 #pragma unroll
@@ -948,23 +966,21 @@ KERNEL __launch_bounds__(GRADERS, 1) delta_grads(const bf16* q, const bf16* k, c
             through = warp_sum(through);
             if (lane == 0) add(su.through[warp], through);
 #pragma unroll
-            for (int m = 0; m < MB; m++)
+            for (int half = 0; half < 2; half++) {
+                int i = m0 + g + half * 8;
+                float w = out[i], dot = 0;
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    int i = m0 + m * 16 + g + half * 8;
-                    float w = out[i], dot = 0;
-#pragma unroll
-                    for (int j = 0; j < NB; j++) {
-                        u32 kw = lds32(ktile + tile<NN>(i, n0 + j * 8 + t * 2));
-                        const float* x = td[m][j] + half * 2;
-                        dot += x[0] * low(kw) + x[1] * high(kw);
-                        gk[m][j][half * 2] += w * x[0];
-                        gk[m][j][half * 2 + 1] += w * x[1];
-                    }
-                    dot += __shfl_xor_sync(FULL, dot, 1);
-                    dot += __shfl_xor_sync(FULL, dot, 2);
-                    if (t == 0) add(su.after[wn][i], w * dot);
+                for (int j = 0; j < NB; j++) {
+                    u32 kw = lds32(ktile + tile<NN>(i, n0 + j * 8 + t * 2));
+                    const float* x = td[j] + half * 2;
+                    dot += x[0] * low(kw) + x[1] * high(kw);
+                    gk[j][half * 2] += w * x[0];
+                    gk[j][half * 2 + 1] += w * x[1];
                 }
+                dot += __shfl_xor_sync(FULL, dot, 1);
+                dot += __shfl_xor_sync(FULL, dot, 2);
+                if (t == 0) add(su.after[wn][i], w * dot);
+            }
         }
         if (STAGES == 1) {
             __syncthreads();
@@ -997,49 +1013,55 @@ KERNEL __launch_bounds__(GRADERS, 1) delta_grads(const bf16* q, const bf16* k, c
     }
     __syncthreads();
 #pragma unroll
-    for (int m = 0; m < MB; m++) {
-        int mi = wm * MB + m;
+    for (int c = 0; c < Q / 16; c++) {
+        u32 fe[4], ft[4], ff_[4];
+        ldsm4(ff_, frag_a<Q>(ftile, m0, c * 16));
+        if (c <= wm) ldsm4(fe, frag_a<Q>(etile, m0, c * 16));
+        if (c >= wm) ldsm4t(ft, frag_a_across<Q>(etile, m0, c * 16));
 #pragma unroll
-        for (int c = 0; c < Q / 16; c++) {
-            u32 fe[4], ft[4], ff_[4];
-            ldsm4(ff_, frag_a<Q>(ftile, mi * 16, c * 16));
-            if (c <= mi) ldsm4(fe, frag_a<Q>(etile, mi * 16, c * 16));
-            if (c >= mi) ldsm4t(ft, frag_a_across<Q>(etile, mi * 16, c * 16));
-#pragma unroll
-            for (int u = 0; u < NB / 2; u++) {
-                u32 f[4];
-                ldsm4t(f, frag_b_across<NN>(ktile, n0 + u * 16, c * 16));
-                mma(gk[m][2 * u], ff_, f);
-                mma(gk[m][2 * u + 1], ff_, f + 2);
-                if (c <= mi) {
-                    mma(gq[m][2 * u], fe, f);
-                    mma(gq[m][2 * u + 1], fe, f + 2);
-                }
-                if (c >= mi) {
-                    ldsm4t(f, frag_b_across<NN>(qtile, n0 + u * 16, c * 16));
-                    mma(gk[m][2 * u], ft, f);
-                    mma(gk[m][2 * u + 1], ft, f + 2);
-                }
+        for (int u = 0; u < NB / 2; u++) {
+            u32 f[4];
+            ldsm4t(f, frag_b_across<NN>(ktile, n0 + u * 16, c * 16));
+            mma(gk[2 * u], ff_, f);
+            mma(gk[2 * u + 1], ff_, f + 2);
+            if (c <= wm) {
+                mma(gq[2 * u], fe, f);
+                mma(gq[2 * u + 1], fe, f + 2);
+            }
+            if (c >= wm) {
+                ldsm4t(f, frag_b_across<NN>(qtile, n0 + u * 16, c * 16));
+                mma(gk[2 * u], ft, f);
+                mma(gk[2 * u + 1], ft, f + 2);
             }
         }
     }
 #pragma unroll
-    for (int m = 0; m < MB; m++)
+    for (int j = 0; j < NB; j++)
 #pragma unroll
-        for (int j = 0; j < NB; j++)
-#pragma unroll
-            for (int e = 0; e < 4; e++) {
-                int i = m0 + m * 16 + g + (e >> 1) * 8, n = n0 + j * 8 + t * 2 + (e & 1);
-                if (i >= len || n >= N) continue;
-                i64 o = (row + i) * G + group;
-                if (splits == 1) {
-                    st(dq, o * N + n, gq[m][j][e]);
-                    st(dk, o * N + n, gk[m][j][e]);
-                } else {
-                    dq_part[(o * splits + split) * N + n] = gq[m][j][e];
-                    dk_part[(o * splits + split) * N + n] = gk[m][j][e];
-                }
+        for (int half = 0; half < 2; half++) {
+            int i = m0 + g + half * 8, n = n0 + j * 8 + t * 2;
+            if (i >= len || n >= N) continue;
+            i64 o = (row + i) * G + group;
+            const float *x = gq[j] + half * 2, *y = gk[j] + half * 2;
+            if (splits > 1) {
+                o = (o * splits + split) * N + n;
+                dq_part[o] = x[0], dk_part[o] = y[0];
+                if (n + 1 < N) dq_part[o + 1] = x[1], dk_part[o + 1] = y[1];
+                continue;
             }
+            o = o * N + n;
+#if VEC
+            *(u32*)(dq + o) = pack(x[0], x[1]);
+            *(u32*)(dk + o) = pack(y[0], y[1]);
+#else
+            st(dq, o, x[0]);
+            st(dk, o, y[0]);
+            if (n + 1 < N) {
+                st(dq, o + 1, x[1]);
+                st(dk, o + 1, y[1]);
+            }
+#endif
+        }
 }
 #endif
 #endif

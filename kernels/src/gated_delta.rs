@@ -124,7 +124,7 @@ fn fold(r: &mut Recorder, part: &Tensor, y: &Tensor, count: usize, width: usize)
 }
 
 /// Threads of a block that makes the gradients of a tile.
-const GRADERS: usize = 256;
+const GRADERS: usize = 512;
 
 /// Multiprocessors of a large device: fewer blocks than that are divided further where they can be.
 const FULL: usize = 132;
@@ -225,7 +225,7 @@ impl Tiled {
             self.defines.clone(),
             [self.tiles, self.g, self.b],
             2 * self.q,
-            2 * self.q * 64 * 2 + 2 * self.q * (self.q + 4) * 4,
+            2 * self.shared()[0] + 2 * self.q * (self.q + 4) * 4,
             params,
         );
         within
@@ -295,7 +295,8 @@ impl Tiled {
         // Two stages where they fit; the sums as the source has them.
         let (warps, tokens) = (GRADERS / 32, self.q * self.slice * 2);
         let stage = 3 * tokens + 2 * self.slice * self.nn * 2;
-        let sums = ((3 * self.q / 16 + 9) * self.q + warps) * 4;
+        let rows = self.q / 16;
+        let sums = ((3 * rows + 2 * warps / rows + 1) * self.q + warps) * 4;
         let fixed = 2 * keys + 4 * 4 * self.q * 4;
         let stages = match fixed + 2 * (stage + sums) + 1024 <= r.target().shared {
             true => 2,
