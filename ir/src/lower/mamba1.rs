@@ -1,7 +1,7 @@
 //! Mamba-1 mixer (Gu and Dao 2023, arXiv 2312.00752, figure 3): project, convolve, project to dt, B and C, scan with gate, project.
 
 use super::{Cx, output_init};
-use crate::op::{Concat, Gate, RmsNorm, SelectiveScan};
+use crate::op::{Concat, Gate, RmsNorm, SelectiveScan, Split};
 use crate::{Letter, ParamInit, Type, TypeError, ValueId, dims};
 use marimba_dsl::model::{DtBcNorm, Mamba1 as Spec};
 
@@ -74,7 +74,7 @@ pub(super) fn lower(
         vec![x]
     } else {
         cx.push(
-            crate::op::Split {
+            Split {
                 sizes: dims![I head].repeat(m),
             },
             vec![Some(x)],
@@ -82,10 +82,11 @@ pub(super) fn lower(
     };
     let (mut dts, mut bs, mut cs) = (Vec::new(), Vec::new(), Vec::new());
     for (k, &xh) in xs.iter().enumerate() {
-        let at = k * (r + 2 * n);
-        let dt = cx.section(xh, x_proj, None, at, r)?;
-        let b = cx.section(xh, x_proj, None, at + r, n)?;
-        let c = cx.section(xh, x_proj, None, at + r + n, n)?;
+        // One product that is split by copying costs less than three that each read x and make its gradient.
+        let narrow = cx.section(xh, x_proj, None, k * (r + 2 * n), r + 2 * n)?;
+        let sizes = dims![N r, N n, N n].to_vec();
+        let parts = cx.push(Split { sizes }, vec![Some(narrow)])?;
+        let (dt, b, c) = (parts[0], parts[1], parts[2]);
         let dt = inner_norm(cx, &format!("{w}.dt_norm"), spec.dt_bc_norm, dt)?;
         dts.push(Some(cx.section(dt, dt_proj, None, k * head, head)?));
         bs.push(Some(inner_norm(
