@@ -55,7 +55,7 @@ pub use record::{
     Args, Command, DType, Eight, Eights, Launch, Module, Param, Product, Recorder, Target, Tensor,
     View,
 };
-pub use reduce::{accumulate, mean_square, sum_to};
+pub use reduce::{accumulate, accumulate_all, mean_square, sum_to};
 pub use rms_norm::{RmsNorm, rms_norm, rms_norm_bwd};
 pub use rope::rope;
 pub use route::{Route, balance, balance_bwd, route, route_bwd};

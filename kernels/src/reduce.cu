@@ -69,3 +69,12 @@ KERNEL accumulate(float* into, const float* beta, const TA2* x, i64 n) {
         into[i] = b == 0.f ? v : b * into[i] + v;
     }
 }
+// The same for many at once: block (x, y) works on sum y.
+#define TABLE 64
+struct Sums { u64 into[TABLE]; u64 x[TABLE]; i64 n[TABLE]; };
+KERNEL accumulate_all(const __grid_constant__ Sums t, const float* beta) {
+    float* into = (float*)t.into[blockIdx.y];
+    const float* x = (const float*)t.x[blockIdx.y];
+    float b = beta[0];
+    for (i64 i = global_thread(); i < t.n[blockIdx.y]; i += all_threads()) into[i] = b == 0.f ? x[i] : b * into[i] + x[i];
+}

@@ -102,6 +102,33 @@ fn accumulate_at(r: &mut Recorder, into: u64, beta: &Tensor, x: &Tensor, n: usiz
     );
 }
 
+/// Additions of one launch: `TABLE` of the source.
+const TABLE: usize = 64;
+
+/// Several accumulations with one factor, of which none reads or writes where another writes: where each goes, and the f32 numbers that are
+/// added there.
+pub fn accumulate_all(r: &mut Recorder, beta: &Tensor, sums: &[(u64, Tensor)]) {
+    let all: Vec<_> = sums.iter().filter(|(_, x)| !x.is_empty()).collect();
+    for list in all.chunks(TABLE) {
+        let column = |of: fn(&(u64, Tensor)) -> u64| {
+            let mut words: Vec<u64> = list.iter().map(|s| of(s)).collect();
+            words.resize(TABLE, 0);
+            words
+        };
+        let mut words = column(|s| s.0);
+        words.extend(column(|s| s.1.ptr));
+        words.extend(column(|s| s.1.len() as u64));
+        let longest = list.iter().map(|s| s.1.len()).max().unwrap_or(0);
+        r.launch(
+            ("reduce", "accumulate_all"),
+            Vec::new(),
+            [longest.div_ceil(THREADS).min(BLOCKS), list.len(), 1],
+            THREADS,
+            vec![Param::Words(words), beta.into()],
+        );
+    }
+}
+
 /// `y` of `x`: sums down to the sizes of y, whose elements are each repeated `repeat` times within every `repeat * y.len()` elements of x:
 /// repeat 1 sums rows (y a suffix), `x.len() / y.len()` sums what follows (y a prefix).
 pub fn sum_to(r: &mut Recorder, a: &Args, prefix: bool) {
@@ -153,7 +180,7 @@ pub(crate) fn finish_sum(r: &mut Recorder, part: u64, n: usize, y: &Tensor, over
         ("reduce", "all_sum"),
         Vec::new(),
         [1, 1, 1],
-        THREADS,
+        n.next_multiple_of(32).clamp(THREADS, 1024),
         vec![
             Param::Ptr(part),
             y.into(),

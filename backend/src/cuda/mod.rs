@@ -323,39 +323,77 @@ fn record(
 ) -> (Recorder, Vec<Range<usize>>) {
     let mut r = Recorder::new(scratch).on(target);
     let mut spans = Vec::with_capacity(g.nodes.len());
-    for node in &g.nodes {
-        let types: Vec<Option<Type>> = node
-            .args
-            .iter()
-            .map(|a| a.map(|v| g.ty(v).clone()))
-            .collect();
-        let results: Vec<Type> = node.results.iter().map(|&v| g.ty(v).clone()).collect();
-        let args: Vec<Option<k::Tensor>> = node
-            .args
-            .iter()
-            .map(|a| a.map(|v| tensor(g.ty(v), address(v))))
-            .collect();
-        let outs: Vec<k::Tensor> = node
-            .results
-            .iter()
-            .map(|&v| tensor(g.ty(v), address(v)))
-            .collect();
+    let mut at = 0;
+    while let Some(node) = g.nodes.get(at) {
         let from = r.commands.len();
         r.next_op();
-        exec::record(
-            &node.op,
-            g.in_fp8(node),
-            &mut r,
-            &k::Args {
-                args: &args,
-                results: &outs,
-            },
-            &types,
-            &results,
-        );
+        let sums = sums_from(g, &address, at);
+        if sums.len() > 1 {
+            // The last of them runs for all: nothing stands between them.
+            at += sums.len();
+            spans.resize(at - 1, from..from);
+            let beta = node.args[1].map(|v| tensor(g.ty(v), address(v)));
+            k::accumulate_all(&mut r, &beta.unwrap_or(k::Tensor::ABSENT), &sums);
+        } else {
+            at += 1;
+            record_one(g, node, &address, &mut r);
+        }
         spans.push(from..r.commands.len());
     }
     (r, spans)
+}
+
+/// Additions to gradients by the nodes from `at` on that can be made at the same time: where each goes, and what is added.
+fn sums_from(g: &Graph, address: impl Fn(ValueId) -> u64, at: usize) -> Vec<(u64, k::Tensor)> {
+    let mut sums: Vec<(u64, k::Tensor)> = Vec::new();
+    let beta = g.nodes[at].args.get(1);
+    for node in &g.nodes[at..] {
+        let (Op::Accumulate(op), [Some(into), b, Some(x)]) = (&node.op, &node.args[..]) else {
+            break;
+        };
+        let (ty, x) = (g.ty(*into), tensor(g.ty(*x), address(*x)));
+        let row = ty.bytes() / ty.size(0).max(1);
+        let to = address(*into) + (op.start * row) as u64;
+        let apart = |a: u64, n: usize, b: u64, m: usize| a + n as u64 <= b || b + m as u64 <= a;
+        let free = sums.iter().all(|(t, y)| {
+            apart(to, x.bytes(), *t, y.bytes()) && apart(x.ptr, x.bytes(), *t, y.bytes())
+        });
+        if Some(b) != beta || x.dtype != k::DType::F32 || !free {
+            break;
+        }
+        sums.push((to, x));
+    }
+    sums
+}
+
+fn record_one(g: &Graph, node: &Node, address: impl Fn(ValueId) -> u64, r: &mut Recorder) {
+    let types: Vec<Option<Type>> = node
+        .args
+        .iter()
+        .map(|a| a.map(|v| g.ty(v).clone()))
+        .collect();
+    let results: Vec<Type> = node.results.iter().map(|&v| g.ty(v).clone()).collect();
+    let args: Vec<Option<k::Tensor>> = node
+        .args
+        .iter()
+        .map(|a| a.map(|v| tensor(g.ty(v), address(v))))
+        .collect();
+    let outs: Vec<k::Tensor> = node
+        .results
+        .iter()
+        .map(|&v| tensor(g.ty(v), address(v)))
+        .collect();
+    exec::record(
+        &node.op,
+        g.in_fp8(node),
+        r,
+        &k::Args {
+            args: &args,
+            results: &outs,
+        },
+        &types,
+        &results,
+    );
 }
 
 fn address(plan: &Plan, arena: u64, externals: &HashMap<ValueId, u64>, v: ValueId) -> u64 {
@@ -967,5 +1005,54 @@ impl Engine for CudaEngine {
 impl Drop for CudaEngine {
     fn drop(&mut self) {
         self.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use marimba_ir::op::Accumulate;
+    use marimba_ir::{Phase, Place, dims};
+
+    /// One launch takes neighbouring additions with one factor to apart places; what overlaps begins another, and every node keeps a span.
+    #[test]
+    fn additions_are_recorded_together() {
+        let mut g = Graph::new();
+        let mut input = |name: &str, kind, ty| g.add_external(kind, name, ty);
+        let [a, b] = ["a", "b"].map(|n| input(n, External::Grad, Type::f32(dims![B 8, K 4])));
+        let [beta, other] = ["beta", "other"].map(|n| input(n, External::Input, Type::scalar()));
+        let x = input("x", External::Input, Type::f32(dims![B 3, K 4]));
+        let at = Place {
+            path: String::new(),
+            block: None,
+            phase: Phase::Backward,
+        };
+        let mut now = HashMap::from([(a, a), (b, b)]);
+        for (into, start, factor) in [
+            (a, 0, beta),
+            (b, 2, beta),
+            (a, 3, beta),
+            (a, 5, beta),
+            (b, 5, beta),
+            (b, 0, other),
+        ] {
+            let args = vec![Some(now[&into]), Some(factor), Some(x)];
+            let result = g.push(Accumulate { start, len: 3 }, args, &at).unwrap();
+            now.insert(into, result[0]);
+        }
+        let plan = marimba_ir::plan(&g);
+        let externals = (1..)
+            .zip([a, b, beta, other, x])
+            .map(|(i, v)| (v, i << 20))
+            .collect();
+        let of = |v| address(&plan, 0, &externals, v);
+        let lengths: Vec<usize> = (0..g.nodes.len())
+            .map(|i| sums_from(&g, of, i).len())
+            .collect();
+        // The fourth overlaps the third, the last has another factor.
+        assert_eq!(lengths, [3, 2, 1, 2, 1, 1]);
+        let (r, spans) = record(&g, of, 0, Target::default());
+        assert_eq!(spans, [0..0, 0..0, 0..1, 1..1, 1..2, 2..3]);
+        assert_eq!(r.commands.len(), 3);
     }
 }

@@ -10,6 +10,7 @@ mod fold_accumulate;
 mod fold_sums;
 mod fuse_loss;
 mod fuse_pointwise;
+mod gather;
 mod probe;
 mod recompute;
 mod schedule;
@@ -20,6 +21,7 @@ pub use fold_accumulate::fold_accumulate;
 pub use fold_sums::fold_sums;
 pub use fuse_loss::fuse_loss;
 pub use fuse_pointwise::fuse_pointwise;
+pub use gather::gather;
 pub use probe::{Taps, probe};
 pub use recompute::{RecomputePolicy, recompute};
 pub use schedule::schedule;
@@ -131,6 +133,10 @@ pub const PIPELINE: &[Pass] = &[
     Pass {
         name: "schedule",
         run: schedule,
+    },
+    Pass {
+        name: "gather",
+        run: gather,
     },
 ];
 

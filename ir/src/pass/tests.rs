@@ -259,3 +259,29 @@ fn activation_loss_reaches_the_taps() {
     let out = run_passes(&g, &Config::default()).unwrap();
     assert_eq!(meaning(&out), meaning(&g));
 }
+
+/// Small gradients are added at the end of the backward pass, one after the other; nothing else moved.
+#[test]
+fn small_gradients_are_gathered() {
+    let g = training(&all_kinds()).unwrap();
+    let out = run_passes(&g, &Config::default()).unwrap();
+    let end = out.nodes.iter().rposition(|n| n.phase == Phase::Backward);
+    let run = out.nodes[..=end.unwrap()]
+        .iter()
+        .rev()
+        .take_while(|n| n.op.name() == "accumulate")
+        .count();
+    assert!(run > 5, "{run} in a row\n{out}");
+    // Those that wait for a later sum into the same memory, or for nothing but a factor, stay.
+    assert!(run + 2 >= count(&out, "accumulate"), "{run}\n{out}");
+    let others = |g: &Graph| -> Vec<String> {
+        let list = g.nodes.iter().filter(|n| n.op.name() != "accumulate");
+        list.map(|n| format!("{} {}", n.op.name(), n.path))
+            .collect()
+    };
+    let mut before = g.clone();
+    for pass in &PIPELINE[..PIPELINE.len() - 1] {
+        before = (pass.run)(&before, &Config::default()).unwrap();
+    }
+    assert_eq!(others(&out), others(&before));
+}

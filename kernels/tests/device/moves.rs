@@ -162,6 +162,34 @@ fn moves_sums_and_updates() {
             })
             .collect();
         g.close("accumulate", &out[0], &want);
+        // More of them than a launch takes, long and short.
+        let lengths: Vec<usize> = (0..70).map(|i| 1 + i * i * 37 % 900).collect();
+        let all: usize = lengths.iter().sum();
+        let (into, term) = (g.s(5, &[all]), g.s(6, &[all]));
+        let sums = data(&[into.clone(), term.clone()]);
+        let out = g.run(
+            &[into, term, S(vec![1], vec![0.5])],
+            &[R::Arg(0)],
+            |r, a| {
+                let mut at = 0;
+                let list: Vec<(u64, Tensor)> = lengths
+                    .iter()
+                    .map(|&n| {
+                        let x = Tensor {
+                            ptr: a.arg(1).ptr + at,
+                            dtype: DType::F32,
+                            dims: vec![n],
+                        };
+                        let to = a.res(0).ptr + at;
+                        at += 4 * n as u64;
+                        (to, x)
+                    })
+                    .collect();
+                accumulate_all(r, a.arg(2), &list);
+            },
+        );
+        let want: V = (0..all).map(|e| 0.5 * sums[0][e] + sums[1][e]).collect();
+        g.close("accumulate_all", &out[0], &want);
         // A look-up and its derivative.
         let tokens = I(vec![5], vec![2, 0, 2, 3, 2]);
         let table = g.f(2, &[4, 6]);
@@ -306,5 +334,39 @@ fn moves_sums_and_updates() {
             .map(|e| silu(v[e]) * d[0][e % 6] + 2.0 * d[1][e / 6])
             .collect();
         g.close("pointwise", &out[0], &want);
+    });
+}
+
+/// More tokens than a block looks at in one go, and words that come back near and far.
+#[test]
+fn embedding_of_many_tokens() {
+    with_device(|g| {
+        for (n, words, d) in [(2500, 700, 24), (1100, 3, 20)] {
+            let tokens: Vec<i32> = (0..n)
+                .map(|i: usize| (i * i * 31 + i / 7) as i32 % words)
+                .collect();
+            let dy = g.f(1, &[n, d]);
+            let from = data(std::slice::from_ref(&dy)).remove(0);
+            let table = S(vec![words as usize, d], vec![f64::NAN; words as usize * d]);
+            let args = [I(vec![n], tokens.clone()), dy, table, S(vec![1], vec![0.0])];
+            let out = g.run(&args, &[R::Arg(2)], embed_bwd);
+            let mut want = vec![0.0; words as usize * d];
+            for (j, &t) in tokens.iter().enumerate() {
+                for c in 0..d {
+                    want[t as usize * d + c] += from[j * d + c];
+                }
+            }
+            g.close("embed_bwd", &out[0], &want);
+            let table = g.f(2, &[words as usize, d]);
+            let rows = data(std::slice::from_ref(&table)).remove(0);
+            let y = g.run(
+                &[I(vec![n], tokens.clone()), table],
+                &[R::F(vec![n, d])],
+                embed,
+            );
+            for (j, &t) in tokens.iter().enumerate() {
+                assert_eq!(y[0][j * d..][..d], rows[t as usize * d..][..d]);
+            }
+        }
     });
 }
