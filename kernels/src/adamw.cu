@@ -5,11 +5,19 @@ struct Tensors { u64 p[TABLE]; u64 g[TABLE]; u64 m[TABLE]; u64 v[TABLE]; u64 cop
 struct Grads { u64 g[TABLE]; i64 n[TABLE]; };
 KERNEL adamw(const __grid_constant__ Tensors t, const float* lr, const float* step, const float* norm, double b1, double b2, float eps, float clip) {
     int k = blockIdx.y;
+    if ((i64)blockIdx.x * blockDim.x >= t.n[k]) return;
+    // Powers of doubles take long: once a block.
+    __shared__ float shared_c1, shared_c2;
+    if (threadIdx.x == 0) {
+        shared_c1 = (float)(1. - pow(b1, (double)step[0]));
+        shared_c2 = (float)(1. - pow(b2, (double)step[0]));
+    }
+    __syncthreads();
     TA0* p = (TA0*)t.p[k];
     TR0* copy = (TR0*)t.copy[k];
     const float* g = (const float*)t.g[k];
     float *m = (float*)t.m[k], *v = (float*)t.v[k];
-    float rate = lr[0] * t.lr[k], decay = t.decay[k], c1 = (float)(1. - pow(b1, (double)step[0])), c2 = (float)(1. - pow(b2, (double)step[0]));
+    float rate = lr[0] * t.lr[k], decay = t.decay[k], c1 = shared_c1, c2 = shared_c2;
     float f1 = (float)b1, f2 = (float)b2, o1 = (float)(1. - b1), o2 = (float)(1. - b2);
     float f = clip > 0.f ? fminf(1.f, clip / norm[0]) : 1.f;
     // A norm that is no number leaves everything as it was; the caller stops.

@@ -55,7 +55,7 @@ pub fn adamw(r: &mut Recorder, a: &Args, op: &AdamW) {
         .into_iter()
         .flat_map(|p| floats_of.map(|copy| (p, copy)))
     {
-        let all: Vec<usize> = (0..op.tensors.len())
+        let mut all: Vec<usize> = (0..op.tensors.len())
             .filter(|&i| {
                 let copy = copy(i);
                 let to = if copy.is_present() {
@@ -66,6 +66,8 @@ pub fn adamw(r: &mut Recorder, a: &Args, op: &AdamW) {
                 (at(i, 0).dtype, to) == (dtype, narrow) && !at(i, 0).is_empty()
             })
             .collect();
+        // Those of a launch have as many blocks as its longest.
+        all.sort_by_key(|&i| std::cmp::Reverse(at(i, 0).len()));
         for list in all.chunks(TABLE) {
             let of = |k: usize| longs(list.iter().map(move |&i| at(i, k).ptr));
             let mut words: Vec<u64> = (0..4).flat_map(of).collect();
@@ -99,12 +101,13 @@ pub fn global_norm(r: &mut Recorder, a: &Args) {
     let mut launches = Vec::new();
     let mut total = 0;
     for dtype in [DType::F32, DType::Bf16, DType::F16] {
-        let all: Vec<&Tensor> = a
+        let mut all: Vec<&Tensor> = a
             .args
             .iter()
             .flatten()
             .filter(|g| g.dtype == dtype && !g.is_empty())
             .collect();
+        all.sort_by_key(|g| std::cmp::Reverse(g.len()));
         for list in all.chunks(TABLE) {
             let mut words = longs(list.iter().map(|g| g.ptr));
             words.extend(longs(list.iter().map(|g| g.len() as u64)));

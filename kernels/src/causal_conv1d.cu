@@ -6,6 +6,10 @@
 #ifndef V
 #define V 1
 #endif
+// Whether SiLU follows.
+#ifndef ACT
+#define ACT 0
+#endif
 #ifndef STEP
 #define STEP 4
 #endif
@@ -68,7 +72,7 @@ __device__ __forceinline__ void taps(float (*w)[V], float* bias, const TA1* weig
         for (int j = 0; j < K; j++) w[j][v] = ld(weight, (i64)(c + v) * K + K - 1 - j);
     }
 }
-KERNEL conv(const TA0* x, const TA1* w, const TA2* bias, const int* pos, const TA4* state, TR0* y, int T, int I, int act, int L) {
+KERNEL conv(const TA0* x, const TA1* w, const TA2* bias, const int* pos, const TA4* state, TR0* y, int T, int I, int L) {
     int c = (blockIdx.x * blockDim.x + threadIdx.x) * V, from = blockIdx.y * L, to = from + L < T ? from + L : T;
     if (c >= I || from >= T) return;
     i64 b = blockIdx.z;
@@ -76,25 +80,24 @@ KERNEL conv(const TA0* x, const TA1* w, const TA2* bias, const int* pos, const T
     float wt[K][V], bs[V], h[PAST + STEP][V];
     Raw<TA0> next[STEP];
     int reach[STEP], far[STEP];
-    auto fetch = [&](int t0) {
+    auto load = [&](int t0, bool inside) {
 #pragma unroll
         for (int u = 0; u < STEP; u++) {
-            bool on = t0 + u < to;
+            bool on = inside || t0 + u < to;
             next[u].take(rows + (i64)(t0 + u) * I, on);
             far[u] = pos && on ? pos[b * T + t0 + u] : K;
         }
+    };
+    auto fetch = [&](int t0) {
+        if (t0 + STEP <= to) load(t0, true);
+        else load(t0, false);
     };
     fetch(from);
     taps(wt, bs, w, bias, c);
 #pragma unroll
     for (int j = 0; j < K - 1; j++) input(h[PAST - 1 - j], x, state, b, from - 1 - j, c, T, I);
-    for (int t0 = from; t0 < to; t0 += STEP) {
-#pragma unroll
-        for (int u = 0; u < STEP; u++) {
-            next[u].open(h[PAST + u]);
-            reach[u] = far[u];
-        }
-        fetch(t0 + STEP);
+    // Inside a run, and where no document begins within reach, nothing is asked of single tokens; all threads of a block agree on that.
+    auto walk = [&](int t0, bool inside) {
 #pragma unroll
         for (int u = 0; u < STEP; u++) {
             float s[V];
@@ -102,14 +105,26 @@ KERNEL conv(const TA0* x, const TA1* w, const TA2* bias, const int* pos, const T
             for (int v = 0; v < V; v++) s[v] = bs[v];
 #pragma unroll
             for (int j = 0; j < K; j++)
-                if (j <= reach[u])
+                if (inside || j <= reach[u])
 #pragma unroll
                     for (int v = 0; v < V; v++) s[v] += wt[j][v] * h[PAST + u - j][v];
-            if (act)
+            if (ACT)
 #pragma unroll
                 for (int v = 0; v < V; v++) s[v] *= sigmoid_fast(s[v]);
-            if (t0 + u < to) put(y + (b * T + t0 + u) * I + c, s);
+            if (inside || t0 + u < to) put(y + (b * T + t0 + u) * I + c, s);
         }
+    };
+    for (int t0 = from; t0 < to; t0 += STEP) {
+        bool whole = t0 + STEP <= to;
+#pragma unroll
+        for (int u = 0; u < STEP; u++) {
+            next[u].open(h[PAST + u]);
+            reach[u] = far[u];
+            whole = whole && reach[u] >= K - 1;
+        }
+        fetch(t0 + STEP);
+        if (whole) walk(t0, true);
+        else walk(t0, false);
 #pragma unroll
         for (int j = 0; j < PAST; j++)
 #pragma unroll
@@ -130,7 +145,7 @@ KERNEL conv_state(const TA0* x, TA4* state, int B, int T, int I) {
 }
 // One pass: the gradient d of what enters the activation is made again for the K-1 tokens after the run, whose share of dx belongs to it.
 // part[run of B][I (K + 1)]: dw, then db.
-KERNEL conv_bwd(const TA0* x, const TA1* w, const TA2* bias, const int* pos, const TA4* dy, TR0* dx, float* part, int T, int I, int act, int L) {
+KERNEL conv_bwd(const TA0* x, const TA1* w, const TA2* bias, const int* pos, const TA4* dy, TR0* dx, float* part, int T, int I, int L) {
     int c = (blockIdx.x * blockDim.x + threadIdx.x) * V, from = blockIdx.y * L, to = from + L < T ? from + L : T;
     if (c >= I) return;
     i64 b = blockIdx.z;
@@ -141,14 +156,18 @@ KERNEL conv_bwd(const TA0* x, const TA1* w, const TA2* bias, const int* pos, con
     Raw<TA0> next[STEP];
     Raw<TA4> grad[STEP];
     int far[STEP];
-    auto fetch = [&](int t0) {
+    auto load = [&](int t0, bool inside) {
 #pragma unroll
         for (int u = 0; u < STEP; u++) {
-            bool on = t0 + u < end;
+            bool on = inside || t0 + u < end;
             next[u].take(x + base + (i64)(t0 + u) * I, on);
             grad[u].take(dy + base + (i64)(t0 + u) * I, on);
             far[u] = pos && on ? pos[b * T + t0 + u] : K;
         }
+    };
+    auto fetch = [&](int t0) {
+        if (t0 + STEP <= end) load(t0, true);
+        else load(t0, false);
     };
     fetch(from);
     taps(wt, bs, w, bias, c);
@@ -158,26 +177,17 @@ KERNEL conv_bwd(const TA0* x, const TA1* w, const TA2* bias, const int* pos, con
         for (int v = 0; v < V; v++) h[j][v] = g[j][v] = 0;
 #pragma unroll
     for (int j = 0; j < K - 1; j++) input(h[PAST - 1 - j], x, (const TA4*)0, b, from - 1 - j, c, T, I);
-    for (int t0 = from; t0 < to + K - 1; t0 += STEP) {
-        float d[STEP][V];
-        int reach[STEP];
-#pragma unroll
-        for (int u = 0; u < STEP; u++) {
-            next[u].open(h[PAST + u]);
-            grad[u].open(d[u]);
-            reach[u] = far[u];
-        }
-        fetch(t0 + STEP);
+    auto walk = [&](int t0, const int* reach, float (*d)[V], bool inside) {
 #pragma unroll
         for (int u = 0; u < STEP; u++) {
             int t = t0 + u;
-            if (act) {
+            if (ACT) {
                 float s[V];
 #pragma unroll
                 for (int v = 0; v < V; v++) s[v] = bs[v];
 #pragma unroll
                 for (int j = 0; j < K; j++)
-                    if (j <= reach[u])
+                    if (inside || j <= reach[u])
 #pragma unroll
                         for (int v = 0; v < V; v++) s[v] += wt[j][v] * h[PAST + u - j][v];
 #pragma unroll
@@ -188,22 +198,37 @@ KERNEL conv_bwd(const TA0* x, const TA1* w, const TA2* bias, const int* pos, con
             }
 #pragma unroll
             for (int j = 0; j < K; j++)
-                if (j <= reach[u])
+                if (inside || j <= reach[u])
 #pragma unroll
                     for (int v = 0; v < V; v++) g[PAST + u - j][v] += wt[j][v] * d[u][v];
-            if (t < to) {
+            if (inside || t < to) {
 #pragma unroll
                 for (int v = 0; v < V; v++) db[v] += d[u][v];
 #pragma unroll
                 for (int j = 0; j < K; j++)
-                    if (j <= reach[u])
+                    if (inside || j <= reach[u])
 #pragma unroll
                         for (int v = 0; v < V; v++) dw[j][v] += d[u][v] * h[PAST + u - j][v];
             }
             // What the token K-1 back gets is complete.
             int done = t - (K - 1);
-            if (done >= from && done < to) put(dx + base + (i64)done * I, g[PAST + u - (K - 1)]);
+            if (inside || (done >= from && done < to)) put(dx + base + (i64)done * I, g[PAST + u - (K - 1)]);
         }
+    };
+    for (int t0 = from; t0 < to + K - 1; t0 += STEP) {
+        float d[STEP][V];
+        int reach[STEP];
+        bool whole = t0 >= from + K - 1 && t0 + STEP <= to;
+#pragma unroll
+        for (int u = 0; u < STEP; u++) {
+            next[u].open(h[PAST + u]);
+            grad[u].open(d[u]);
+            reach[u] = far[u];
+            whole = whole && reach[u] >= K - 1;
+        }
+        fetch(t0 + STEP);
+        if (whole) walk(t0, reach, d, true);
+        else walk(t0, reach, d, false);
 #pragma unroll
         for (int j = 0; j < PAST; j++)
 #pragma unroll

@@ -1,6 +1,6 @@
 //! Launches of the causal convolution; sums over tokens in two stages, in a fixed order.
 
-use crate::record::{Args, DType, Recorder, Tensor, aligned, define, flag, int};
+use crate::record::{Args, DType, Recorder, Tensor, aligned, define, int};
 use crate::reduce::sum_parts_of_two;
 
 /// Tokens that a thread walks over, forward and backward: at most, and at least where that leaves too few threads.
@@ -48,9 +48,13 @@ fn shape((b, t, i): (usize, usize, usize), run: (usize, usize), tensors: &[&Tens
     }
 }
 
-fn defines(a: &Args, channels: usize) -> Vec<(String, String)> {
+fn defines(a: &Args, channels: usize, silu: bool) -> Vec<(String, String)> {
     let mut d = a.types();
-    d.extend([define("K", a.arg(1).size(1)), define("V", channels)]);
+    d.extend([
+        define("K", a.arg(1).size(1)),
+        define("V", channels),
+        define("ACT", i32::from(silu)),
+    ]);
     d
 }
 
@@ -61,7 +65,7 @@ pub fn causal_conv1d(r: &mut Recorder, a: &Args, silu: bool) {
     let s = shape((x.size(0), t, i), RUN, &[x, a.res(0)]);
     r.launch(
         ("causal_conv1d", "conv"),
-        defines(a, s.channels),
+        defines(a, s.channels, silu),
         s.grid,
         s.block,
         vec![
@@ -73,14 +77,13 @@ pub fn causal_conv1d(r: &mut Recorder, a: &Args, silu: bool) {
             a.res(0).into(),
             int(t),
             int(i),
-            flag(silu),
             int(s.run),
         ],
     );
     if !state.is_empty() && state.is_present() {
         r.launch(
             ("causal_conv1d", "conv_state"),
-            defines(a, s.channels),
+            defines(a, s.channels, silu),
             [(x.size(0) * i).div_ceil(STATE_BLOCK), 1, 1],
             STATE_BLOCK,
             vec![x.into(), a.res(1).into(), int(x.size(0)), int(t), int(i)],
@@ -99,7 +102,7 @@ pub fn causal_conv1d_bwd(r: &mut Recorder, a: &Args, silu: bool) {
     part.dims = vec![n, stride];
     r.launch(
         ("causal_conv1d", "conv_bwd"),
-        defines(a, s.channels),
+        defines(a, s.channels, silu),
         s.grid,
         s.block,
         vec![
@@ -112,7 +115,6 @@ pub fn causal_conv1d_bwd(r: &mut Recorder, a: &Args, silu: bool) {
             (&part).into(),
             int(t),
             int(i),
-            flag(silu),
             int(s.run),
         ],
     );

@@ -318,7 +318,8 @@ mod tests {
             "linear_cross_entropy" => &["", "TL=bf16 TA0=bf16"],
             "fp8" => &["", "WHOLE", "E5M2", "E5M2 WHOLE"],
             "selective_scan" => &["", "VEC EVEN", "FINE=16", "VEC FINE=64"],
-            "causal_conv1d" => &["", "V=4", "V=8"],
+            "causal_conv1d" => &["", "V=4 ACT=1", "V=8"],
+            "rms_norm" => &["", "TEAM=512 GATE=1 STAGES=2", "TEAM=128 NV=2 ADDED=1"],
             _ => &[""],
         }
     }
@@ -334,7 +335,12 @@ mod tests {
             let compiler = Compiler::new(arch).unwrap().without_cache();
             for &stem in STEMS {
                 let tensor: &[&str] = match (stem, arch) {
-                    ("attention", "sm_90a") => &["TENSOR P=80 SUMS", "TENSOR P=64", "TENSOR P=256"],
+                    ("attention", "sm_90a") => &[
+                        "TENSOR P=80 SUMS",
+                        "TENSOR P=64 SUMS",
+                        "TENSOR P=64",
+                        "TENSOR P=256",
+                    ],
                     ("moe", "sm_90a") => &["TENSOR"],
                     ("ssd", "sm_90a") => &[
                         "TILED WG VEC Q=64 NN=128 PS=64 HEADS=2 R=128 WALKERS=384 TILE_STAGES=3 WALK_STAGES=4",

@@ -162,54 +162,102 @@ KERNEL __launch_bounds__(BLOCK, HOLD) rms_norm_rows(const TA0* x, const TA1* w, 
         }
     }
 }
-// dx has `add` added to it, where there is one. part[team][group]: what the rows of each team give to dw.
+// Rows of the backward pass are brought ahead into shared memory, each thread's own vectors by its own copies, so that neither registers
+// nor barriers are needed for them: STAGES rows are there or under way. 0: the next row is brought ahead into registers.
+#ifndef STAGES
+#define STAGES 0
+#endif
+// Whether dx has `add` added to it.
+#ifndef ADDED
+#define ADDED 0
+#endif
+// Words of 16 bytes of 8 elements.
+template <class T> constexpr int PIECES = sizeof(T) / 2;
+// A thread's vectors of one row of one tensor. In shared memory, `at` is its first word; the words of all threads of a block follow each other.
+template <class T> struct Held {
+    Raw<T> now[NV], next[NV];
+    __device__ __forceinline__ void bring(uint4* at, int k, const T* from) {
+        if (STAGES == 0) next[k].take(from, 0);
+        else
+#pragma unroll
+            for (int i = 0; i < PIECES<T>; i++) cp16(shared_address(at + (k * PIECES<T> + i) * BLOCK), (const uint4*)from + i, 16);
+    }
+    __device__ __forceinline__ void turn() {
+#pragma unroll
+        for (int k = 0; k < NV; k++) now[k] = next[k];
+    }
+    __device__ __forceinline__ void open(const uint4* at, int k, float* to) const {
+        if (STAGES == 0) return now[k].open(to);
+        uint4 a[2];
+#pragma unroll
+        for (int i = 0; i < PIECES<T>; i++) a[i] = at[(k * PIECES<T> + i) * BLOCK];
+        ld8((const T*)a, 0, to);
+    }
+};
+// part[team][group]: what the rows of each team give to dw.
 KERNEL __launch_bounds__(BLOCK, HOLD) rms_norm_bwd_rows(const TA0* x, const TA1* w, const TA2* z, const float* rstd, const TA4* dy, const TA5* add, TR0* dx, TA2* dz, float* part, i64 rows, int group, int wlen, int zero_centered) {
+    extern __shared__ uint4 ring[];
     __shared__ float sums[2][32];
+    constexpr int AT_DY = NV * PIECES<TA0>, AT_Z = AT_DY + NV * PIECES<TA4>, AT_ADD = AT_Z + (GATE ? NV * PIECES<TA2> : 0), ALL = AT_ADD + (ADDED ? NV * PIECES<TA5> : 0);
     const int teams = blockDim.x / TEAM, team = threadIdx.x / TEAM, first = threadIdx.x % TEAM * 8;
     const i64 step = (i64)gridDim.x * teams, own = (i64)blockIdx.x * teams + team;
     const int wbase = wlen ? own * group % wlen : 0;
-    i64 row = own;
-    Raw<TA0> xr[NV];
-    Raw<TA4> gr[NV];
-    Raw<TA2> zr[NV];
+    Held<TA0> hx;
+    Held<TA4> hy;
+    Held<TA2> hz;
+    Held<TA5> ha;
     float next = 0, dw[NV][8] = {};
-    auto fetch = [&](i64 row) {
-        if (row >= rows) return;
-        next = rstd[row];
+    auto place = [&](int stage) { return ring + stage * ALL * BLOCK + threadIdx.x; };
+    auto fetch = [&](i64 row, int stage) {
+        uint4* to = place(stage);
 #pragma unroll
         for (int k = 0; k < NV; k++) {
             int c = first + k * TEAM * 8;
-            if (c < group) {
-                xr[k].take(x, row * group + c);
-                gr[k].take(dy, row * group + c);
-                if (GATE) zr[k].take(z, row * group + c);
+            i64 at = row * group + c;
+            if (row < rows && c < group) {
+                hx.bring(to, k, x + at);
+                hy.bring(to + AT_DY * BLOCK, k, dy + at);
+                if (GATE) hz.bring(to + AT_Z * BLOCK, k, z + at);
+                if (ADDED && STAGES) ha.bring(to + AT_ADD * BLOCK, k, add + at);
             }
         }
+        if (STAGES) cp_commit();
     };
-    fetch(row);
-    for (int turn = 0; row - team < rows; row += step, turn ^= 1) {
-        Raw<TA0> xc[NV];
-        Raw<TA4> gc[NV];
-        Raw<TA2> zc[NV];
-        Raw<TA5> ac[NV];
-        float r = next, s = 0;
+    auto factor = [&](i64 row) {
+        if (row < rows) next = rstd[row];
+    };
+    factor(own);
+    const int ahead = STAGES ? STAGES - 1 : 1;
 #pragma unroll
-        for (int k = 0; k < NV; k++) {
-            xc[k] = xr[k];
-            gc[k] = gr[k];
-            if (GATE) zc[k] = zr[k];
-            int c = first + k * TEAM * 8;
-            if (add && row < rows && c < group) ac[k].take(add, row * group + c);
+    for (int s = 0; s < ahead; s++) fetch(own + s * step, s);
+    int stage = 0, turn = 0;
+    for (i64 row = own; row - team < rows; row += step, turn ^= 1) {
+        float r = next, s = 0;
+        if (STAGES) cp_wait<(STAGES > 2 ? STAGES - 2 : 0)>();
+        else {
+            hx.turn();
+            hy.turn();
+            if (GATE) hz.turn();
+            if (ADDED)
+#pragma unroll
+                for (int k = 0; k < NV; k++) {
+                    int c = first + k * TEAM * 8;
+                    if (row < rows && c < group) ha.now[k].take(add, row * group + c);
+                }
         }
-        fetch(row + step);
+        // What is written over was read in the turn before.
+        fetch(row + ahead * step, stage ? stage - 1 : STAGES - 1);
+        factor(row + step);
+        const uint4* here = place(stage);
+        if (++stage >= STAGES) stage = 0;
 #pragma unroll
         for (int k = 0; k < NV; k++) {
             int c = first + k * TEAM * 8;
             if (row < rows && c < group) {
                 float xv[8], g[8], zv[8], wv[8];
-                xc[k].open(xv);
-                gc[k].open(g);
-                if (GATE) zc[k].open(zv);
+                hx.open(here, k, xv);
+                hy.open(here + AT_DY * BLOCK, k, g);
+                if (GATE) hz.open(here + AT_Z * BLOCK, k, zv);
                 if (wlen) ld8(w, wbase + c, wv);
 #pragma unroll
                 for (int e = 0; e < 8; e++) {
@@ -227,9 +275,9 @@ KERNEL __launch_bounds__(BLOCK, HOLD) rms_norm_bwd_rows(const TA0* x, const TA1*
             int c = first + k * TEAM * 8;
             if (row < rows && c < group) {
                 float xv[8], g[8], zv[8], wv[8];
-                xc[k].open(xv);
-                gc[k].open(g);
-                if (GATE) zc[k].open(zv);
+                hx.open(here, k, xv);
+                hy.open(here + AT_DY * BLOCK, k, g);
+                if (GATE) hz.open(here + AT_Z * BLOCK, k, zv);
                 if (wlen) ld8(w, wbase + c, wv);
 #pragma unroll
                 for (int e = 0; e < 8; e++) {
@@ -248,13 +296,14 @@ KERNEL __launch_bounds__(BLOCK, HOLD) rms_norm_bwd_rows(const TA0* x, const TA1*
                     }
                     xv[e] = d;
                 }
-                if (add) {
-                    ac[k].open(g);
+                if (ADDED) {
+                    ha.open(here + AT_ADD * BLOCK, k, g);
 #pragma unroll
                     for (int e = 0; e < 8; e++) xv[e] += g[e];
                 }
-                if (GATE) st8(dz, row * group + c, zv);
-                st8(dx, row * group + c, xv);
+                i64 at = row * group + c;
+                if (GATE) st8(dz, at, zv);
+                st8(dx, at, xv);
             }
         }
     }

@@ -30,10 +30,14 @@ struct Share {
 /// Threads of a block whose rows are narrower than a block.
 const BLOCK: usize = 256;
 
-/// Threads that all blocks together have at most, forward and backward (there for teams in a warp, and for teams of a block, which take
-/// more registers): what an H200 holds at once, so that blocks stay. Fixed numbers, since the order of sums depends on them.
+/// Threads that all blocks together have at most, forward and backward (there for teams in a warp and rows in shared memory, and for teams of
+/// a block with rows in registers, which take more of them): what an H200 holds at once, so that blocks stay. Fixed numbers, since the order
+/// of sums depends on them.
 const RESIDENT: usize = 132 * 2048;
 const RESIDENT_BWD: (usize, usize) = (132 * 1024, 132 * 512);
+
+/// Rows in shared memory: one being worked on, one under way.
+const STAGES: usize = 2;
 
 fn share(op: &RmsNorm, tensors: &[&Tensor]) -> Option<Share> {
     if !op.group.is_multiple_of(8) || !aligned(tensors) {
@@ -130,9 +134,17 @@ pub fn rms_norm_bwd(r: &mut Recorder, a: &Args, op: &RmsNorm) {
         .to_vec();
     if let Some(s) = share(op, &[x, w, z, dy, add, a.res(0), dz]) {
         let of = (w_len / op.group).max(1);
-        let most = match s.team > 32 {
-            true => RESIDENT_BWD.1,
-            false => RESIDENT_BWD.0,
+        // Gated rows come by way of shared memory, which leaves registers for a second block on a multiprocessor; others are faster without.
+        let row: usize = [x, dy, z, add]
+            .into_iter()
+            .filter(|t| t.is_present())
+            .map(|t| 8 * t.dtype.bytes() * s.vectors * s.block())
+            .sum();
+        let staged = z.is_present() && s.team > 32 && STAGES * row <= r.target().shared;
+        let stages = if staged { STAGES } else { 0 };
+        let most = match (s.team > 32, staged) {
+            (true, false) => RESIDENT_BWD.1,
+            _ => RESIDENT_BWD.0,
         };
         let blocks = s.blocks(rows, of, most);
         let n = blocks * s.teams / of;
@@ -141,6 +153,10 @@ pub fn rms_norm_bwd(r: &mut Recorder, a: &Args, op: &RmsNorm) {
             false => Tensor::ABSENT,
         };
         types.extend(s.defines(op));
+        types.extend([
+            define("STAGES", stages),
+            define("ADDED", i32::from(add.is_present())),
+        ]);
         params.extend([
             Param::from(&part),
             long(rows),
@@ -149,7 +165,14 @@ pub fn rms_norm_bwd(r: &mut Recorder, a: &Args, op: &RmsNorm) {
             flag(op.zero_centered),
         ]);
         let launch = ("rms_norm", "rms_norm_bwd_rows");
-        r.launch(launch, types, [blocks, 1, 1], s.block(), params);
+        r.launch_shared(
+            launch,
+            types,
+            [blocks, 1, 1],
+            s.block(),
+            stages * row,
+            params,
+        );
         if w.is_present() {
             sum_parts(r, &part, 0, n, w_len, a.res(1));
         }

@@ -41,6 +41,9 @@ pub(in crate::cli) struct BenchTrainArgs {
     /// Recompute activations so that they take at most so many GiB
     #[arg(long, value_name = "GIB")]
     activations: Option<f64>,
+    /// Add in a fixed order everywhere, as runs do unless they say otherwise
+    #[arg(long)]
+    deterministic: bool,
     /// Rows of a batch
     #[arg(long, default_value_t = 8)]
     batch: usize,
@@ -66,6 +69,7 @@ struct BenchTrain {
     model: String,
     backend: &'static str,
     precision: String,
+    deterministic: bool,
     threads: usize,
     batch: usize,
     seq_len: usize,
@@ -97,6 +101,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<(), CliError> {
     // The ceiling is measured on an engine of its own, so that its memory is not the run's.
     let before = ceilings(engine::open(backend, threads)?.as_mut(), compute)?;
     let mut engine = engine::open_with(backend, threads, !args.no_graph)?;
+    engine.set_deterministic(args.deterministic);
     let empty = engine.memory();
     require(args.precision, engine.name())?;
 
@@ -187,6 +192,7 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<(), CliError> {
             true => format!("{compute} and fp8"),
             false => compute.to_string(),
         },
+        deterministic: args.deterministic,
         threads,
         batch: args.batch,
         seq_len: args.seq,
@@ -211,8 +217,14 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<(), CliError> {
         return print_json(&result);
     }
     println!(
-        "{} in {} on {} with {} threads, {} x {} tokens",
-        result.model, result.precision, result.backend, threads, args.batch, args.seq
+        "{} in {} on {} with {} threads, {} x {} tokens, sums in {} order",
+        result.model,
+        result.precision,
+        result.backend,
+        threads,
+        args.batch,
+        args.seq,
+        if args.deterministic { "a fixed" } else { "any" }
     );
     println!(
         "  step          {:.1} ms (fastest {:.1} ms)   {} tokens/s",
