@@ -754,16 +754,14 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_dq_tc(const __grid_con
 
 // dk, dv: blocks of 128 keys of one group over tiles of 64 queries of each of its heads; the products are transposed, so that keys are
 // rows. The warp that brings tiles also writes each query's log-sum-exp, delta and first key, and says where the tile begins; -1 ends.
-// With SUMS, the block's share of dq, unscaled, is added to sums too, in whatever order blocks run. Each warpgroup adds one half of the
-// columns, from shares that both have written to shared memory, keys as rows. The layout of sums is [B H tile half] and then that of the
-// registers of a warpgroup, which go there by way of shared memory.
-#if defined(SUMS) && HB > 1
+// With SUMS, heads of two blocks of 64: the block's share of dq, unscaled, is added to sums too, in whatever order blocks run. Each
+// warpgroup adds one block of 64 columns, from shares that both have written to shared memory, keys as rows. The layout of sums is
+// [B H tile column-block] and then that of the registers of a warpgroup, which go there by way of shared memory.
+#ifdef SUMS
 #define KV_STAGES 2
 #else
 #define KV_STAGES 3
 #endif
-// Bytes of a warpgroup's half of a tile of sums.
-#define HALF_BYTES (HB * 8192)
 #define W_BYTES (HB * 64 * 128)
 #define AUX 1024
 extern "C" __global__ void __launch_bounds__(384, 1) attn_dkv_tc(const __grid_constant__ TensorMap mq, const __grid_constant__ TensorMap mk, const __grid_constant__ TensorMap mv, const __grid_constant__ TensorMap mo, const int* pos, const float* lse, const float* delta, bf16* dk, bf16* dv, float* sums, int B, int T, int H, int G, float scale, int window, int section) {
@@ -929,10 +927,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_dkv_tc(const __grid_co
         if ((threadIdx.x & 127) == 0) adds_read<0>();
         named_wait(1, 256);
         // dq before dk, so that dq's way to memory is covered by the products of dk.
-        float dq[16 * HB];
+        float dq[32];
         mma_begin();
 #pragma unroll
-        for (int kk = 0; kk < 8; kk++) mma<1, 1>(dq, operand(buffer + kk * 2048), operand(ks + w * (HB > 1 ? 16384 : 64) + kk * 2048), kk > 0);
+        for (int kk = 0; kk < 8; kk++) mma<1, 1>(dq, operand(buffer + kk * 2048), operand(ks + w * 16384 + kk * 2048), kk > 0);
         mma_commit();
 #else
         mma_begin();
@@ -944,12 +942,12 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_dkv_tc(const __grid_co
         mma_wait<1>();
         pin(dq);
 #pragma unroll
-        for (int x = 0; x < 4 * HB; x++)
-            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(sent + w * HALF_BYTES + x * 2048 + (threadIdx.x & 127) * 16), "f"(dq[4 * x]), "f"(dq[4 * x + 1]), "f"(dq[4 * x + 2]), "f"(dq[4 * x + 3]) : "memory");
+        for (int x = 0; x < 8; x++)
+            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(sent + w * 16384 + x * 2048 + (threadIdx.x & 127) * 16), "f"(dq[4 * x]), "f"(dq[4 * x + 1]), "f"(dq[4 * x + 2]), "f"(dq[4 * x + 3]) : "memory");
         fence_shared();
         named_wait(2 + w, 128);
         int h = ((const int*)(aux_at + stage * AUX))[194];
-        if ((threadIdx.x & 127) == 0) add_floats(sums + ((((i64)b * H + h) * ((T + 63) / 64) + t0 / 64) * 2 + w) * (HALF_BYTES / 4), sent + w * HALF_BYTES, HALF_BYTES);
+        if ((threadIdx.x & 127) == 0) add_floats(sums + ((((i64)b * H + h) * ((T + 63) / 64) + t0 / 64) * 2 + w) * 4096, sent + w * 16384, 16384);
 #endif
         mma_wait<0>();
         pin(ak);
@@ -965,21 +963,21 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_dkv_tc(const __grid_co
 #endif
 }
 #ifdef SUMS
-// One warp 16 rows of one half of the columns.
+// One warp 16 rows of one block of columns.
 KERNEL attn_scale_tc(const float* sums, bf16* dq, int B, int T, int H, float scale) {
     i64 i = global_thread() >> 5;
     int warp = i & 3, w = i >> 2 & 1, tiles = (T + 63) / 64, lane = threadIdx.x & 31;
     i64 tile = i >> 3, head = tile / tiles;
     if (head >= (i64)B * H) return;
     int t = (int)(tile % tiles) * 64 + 16 * warp + (lane >> 2);
-    const float4* from = (const float4*)(sums + (i >> 2) * (HALF_BYTES / 4)) + warp * 32 + lane;
-    float d[16 * HB];
+    const float4* from = (const float4*)(sums + (i >> 2) * 4096) + warp * 32 + lane;
+    float d[32];
 #pragma unroll
-    for (int x = 0; x < 4 * HB; x++) {
+    for (int x = 0; x < 8; x++) {
         float4 v = from[x * 128];
         d[4 * x] = v.x, d[4 * x + 1] = v.y, d[4 * x + 2] = v.z, d[4 * x + 3] = v.w;
     }
-    store_rows(dq + ((head / H * T + t) * H + head % H) * P + 32 * HB * w, (i64)H * P, d, scale, scale, t < T, t + 8 < T, P - 32 * HB * w);
+    store_rows(dq + ((head / H * T + t) * H + head % H) * P + 64 * w, (i64)H * P, d, scale, scale, t < T, t + 8 < T, P - 64 * w);
 }
 #endif
 #endif

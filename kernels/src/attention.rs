@@ -161,13 +161,12 @@ fn backward_tensor(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>
         Param::Float(scale),
         window_param(window),
     ];
-    let wide = p.next_multiple_of(64);
-    let tile = 2 * wide * TILE;
+    let tile = p.div_ceil(64) * 128 * TILE;
     let tiles = t.div_ceil(TILE);
-    let summed = !r.target().deterministic;
+    let summed = !r.target().deterministic && p > 64;
     let mut sums = Tensor::ABSENT;
     if summed {
-        sums = r.scratch(DType::F32, b * h * t.next_multiple_of(64) * wide);
+        sums = r.scratch(DType::F32, b * h * t.next_multiple_of(64) * 128);
         r.zero(&sums);
     } else {
         let mut params: Vec<Param> = [q, k, v, dout].map(|x| view(x, TILE)).to_vec();
@@ -191,9 +190,7 @@ fn backward_tensor(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>
         let shared = 5 * tile + 4 * 1024 + SLACK;
         return launch_tensor(r, p, "attn_dkv_tc", (blocks, 384, shared), params);
     }
-    // Tiles of keys and values, two or three of queries and of dout, what goes with them, shares, and sums on their way.
-    let kept = if wide > 64 { 2 } else { 3 };
-    let shared = (2 + kept) * tile + (kept + 1) * 1024 + 2 * 128 * TILE + 2 * wide * TILE + SLACK;
+    let shared = 4 * tile + 3 * 1024 + 4 * 128 * TILE + SLACK;
     let defines = || vec![define("P", p), define("TENSOR", 1), define("SUMS", 1)];
     let stem = ("attention", "attn_dkv_tc");
     r.launch_shared(stem, defines(), [blocks, 1, 1], 384, shared, params);

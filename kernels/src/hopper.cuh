@@ -89,11 +89,6 @@ __device__ __forceinline__ u64 operand(u32 at, u32 block = 16) { return (u64)((a
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
 #define D32(i) D16(i), D16(i + 16)
-// d += a b with a [64 16] and b [16 32] from shared memory; `add` 0: d = a b. TA, TB: operand stored across the sum.
-template <int TA, int TB> __device__ __forceinline__ void mma(float (&d)[16], u64 a, u64 b, int add) {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %18, 0;\nwgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, %16, %17, p, 1, 1, %19, %20;\n}"
-                 : D16(0) : "l"(a), "l"(b), "r"(add), "n"(TA), "n"(TB));
-}
 // d += a b with a [64 16] from shared memory or registers and b [16 64]; `add` 0: d = a b. TA, TB: operand stored across the sum.
 template <int TA, int TB> __device__ __forceinline__ void mma(float (&d)[32], u64 a, u64 b, int add) {
     asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, %32, %33, p, 1, 1, %35, %36;\n}"

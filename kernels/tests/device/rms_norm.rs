@@ -91,6 +91,7 @@ fn norms_over_many_rows() {
             (1301, 1288, 1288, 1288, 0, false, true),
             (601, 2056, 2056, 2056, 1, false, false),
             (7, 4104, 4104, 4104, 2, true, true),
+            (9, 4096, 4096, 4096, 1, false, false),
             (130, 1288, 1288, 0, 1, false, false),
         ] {
             let op = RmsNorm {
