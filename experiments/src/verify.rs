@@ -110,8 +110,8 @@ impl Found {
         }
     }
 
-    /// The report: of each quantity the place that is worst beside its limit.
-    fn judged(&self, judge: &Judge, tokens: &dyn Fn(&str) -> f64) -> Report {
+    /// The report: of each quantity the place that is worst beside its limit; or the quantity of which transformers' deviation is not known.
+    fn judged(&self, judge: &Judge, tokens: &dyn Fn(&str) -> f64) -> Result<Report, String> {
         let mut report = Report {
             pass: true,
             quantities: Vec::new(),
@@ -136,16 +136,12 @@ impl Found {
                         "long_grad_norm" | "short_grad_norm" => format!("{split}.grad_norm"),
                         other => format!("{split}.{other}"),
                     };
-                    // What transformers was not asked is not compared.
-                    match peer.deviation.get(&key) {
-                        Some(d) => NARROW_RATIO * d,
-                        None => continue,
-                    }
+                    NARROW_RATIO * peer.deviation.get(&key).ok_or(key)?
                 }
             };
             report.note(quantity, limit, deviation, place);
         }
-        report
+        Ok(report)
     }
 }
 
@@ -425,7 +421,9 @@ pub fn verify_in(
         let n = decode(&cx, &split, &mut found)?;
         tokens.insert(name, (batch * n) as f64);
     }
-    let mut report = found.judged(&judge, &|split| tokens.get(split).copied().unwrap_or(0.0));
+    let mut report = found
+        .judged(&judge, &|split| tokens.get(split).copied().unwrap_or(0.0))
+        .map_err(|key| complain(format!("{compute}.json beside it says nothing of {key}")))?;
     if report.quantities.is_empty() {
         return Err(complain(
             "nothing to compare; expected short.input_ids with short.logits and the like".into(),
@@ -739,6 +737,49 @@ mod tests {
         assert!(whole.deviation(&a[..2], &b).is_infinite());
         assert!(whole.deviation(&[f32::NAN], &[1.0]).is_nan());
         assert_eq!(whole.deviation(&[0.5], &[0.0]), 0.5);
+    }
+
+    #[test]
+    fn a_narrow_type_is_judged_by_the_mean_over_roundings() {
+        let peer = |short: f64| {
+            Judge::Whole(Peer {
+                roundings: 2,
+                deviation: BTreeMap::from([("short.logits".into(), short)]),
+            })
+        };
+        let mut found = Found::default();
+        // Root mean square 5.
+        found.note("logits", "short", 1.0);
+        found.note("logits", "short", 7.0);
+        found.note("generated", "short", 8.0);
+        let report = found.judged(&peer(2.6), &|_| 32.0).unwrap();
+        assert!(report.pass, "{report:?}");
+        assert_eq!(report.quantities[0].worst, 5.0);
+        assert_eq!(report.quantities[0].limit, 2.0 * 2.6);
+        assert_eq!(report.quantities[1].limit, 8.0);
+        assert!(!found.judged(&peer(2.4), &|_| 32.0).unwrap().pass);
+        found.note("logits", "short", f64::NAN);
+        assert!(!found.judged(&peer(9.0), &|_| 32.0).unwrap().pass);
+        found.note("logits", "long", 1.0);
+        let unknown = found.judged(&peer(9.0), &|_| 32.0).unwrap_err();
+        assert_eq!(unknown, "long.logits");
+    }
+
+    #[test]
+    fn roundings_keep_means() {
+        // A quarter of the way between two neighbours in bf16.
+        let (below, step) = (1.0f32, 1.0f32 / 128.0);
+        let x = below + step / 4.0;
+        let mut noise = SplitMix(7);
+        let mut up = 0;
+        for _ in 0..4000 {
+            let y = round_bf16(-x, (noise.next() >> 48) as u32);
+            assert!(y == -below || y == -below - step, "{y}");
+            up += usize::from(y != -below);
+        }
+        assert!((900..1100).contains(&up), "{up} of 4000");
+        assert!(round_bf16(f32::NAN, 0xffff).is_nan());
+        assert_eq!(round_bf16(f32::INFINITY, 0xffff), f32::INFINITY);
     }
 
     #[test]
