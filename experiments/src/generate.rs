@@ -1,4 +1,5 @@
-//! Continuing prompts: prefill, one-token steps with carried states, sampling, stop tokens.
+//! Continuing prompts: prefill, one-token steps with carried states, sampling, stop tokens. Tokens are drawn where the logits are (op `draw`);
+//! the host gives each row its random bits.
 //!
 //! Prompts of different lengths share a batch by left padding: a row's padding is a document of its own, because positions start
 //! again at 0 with the prompt, so that neither attention nor convolution nor scan looks back into it. What a row says does not depend
@@ -8,8 +9,9 @@
 //! then run again through fresh caches; rows of different lengths are run one after another, because they cross at different steps.
 
 use crate::data::rng::Rng;
-use marimba_backend::{BackendError, Engine, HostTensor, ProgramId};
+use marimba_backend::{BackendError, Engine, HostTensor, Outputs, ProgramId};
 use marimba_dsl::model::Model;
+use marimba_ir::lower::Logits;
 use marimba_ir::lower::rope;
 use marimba_ir::pass::{self, PassError};
 use marimba_ir::{DType, External, Graph, Options, TypeError, lower, plan};
@@ -71,9 +73,26 @@ impl Default for Settings {
     }
 }
 
+impl Settings {
+    /// As the op `draw` takes them.
+    fn sampling(&self) -> Vec<f32> {
+        vec![
+            self.temperature as f32,
+            self.top_k as f32,
+            self.top_p as f32,
+        ]
+    }
+}
+
 struct Loaded {
     id: ProgramId,
     inputs: Vec<String>,
+}
+
+/// Random bits of one draw for every row.
+struct Draw<'s> {
+    settings: &'s Settings,
+    bits: Vec<u64>,
 }
 
 /// Sequences in progress on an engine that holds the parameters. One session at a time may use an engine's states.
@@ -83,7 +102,8 @@ pub struct Session<'e> {
     batch: usize,
     cache_len: usize,
     compute: DType,
-    programs: HashMap<usize, Loaded>,
+    /// By their number of tokens, and whether they draw.
+    programs: HashMap<(usize, bool), Loaded>,
     /// Everything said so far, each row padded on the left.
     rows: Vec<Vec<i32>>,
     /// Padding of each row.
@@ -133,6 +153,12 @@ impl<'e> Session<'e> {
     /// [`GenerateError::Prompt`] for a wrong number of prompts, an empty one, a token outside the vocabulary, or no room; otherwise
     /// what the backend says.
     pub fn prefill(&mut self, prompts: &[Vec<i32>]) -> Result<Vec<f32>, GenerateError> {
+        self.begin(prompts)?;
+        logits(self.replay(None)?)
+    }
+
+    /// Takes prompts; nothing runs.
+    fn begin(&mut self, prompts: &[Vec<i32>]) -> Result<(), GenerateError> {
         if self.model.decoder.is_some() {
             return Err(GenerateError::Decoder);
         }
@@ -168,7 +194,7 @@ impl<'e> Session<'e> {
                 "prompts of different lengths cannot share a batch where RoPE depends on the length; run them one by one".into(),
             ));
         }
-        self.replay()
+        Ok(())
     }
 
     fn check<'t>(&self, tokens: impl Iterator<Item = &'t i32>) -> Result<(), GenerateError> {
@@ -184,9 +210,9 @@ impl<'e> Session<'e> {
     }
 
     /// Runs all rows through fresh states.
-    fn replay(&mut self) -> Result<Vec<f32>, GenerateError> {
+    fn replay(&mut self, draw: Option<&Draw>) -> Result<Outputs, GenerateError> {
         self.engine.zero("state");
-        self.run(0)
+        self.run(0, draw)
     }
 
     /// Appends one token to each row; gives the logits `[B V]` of the tokens to come.
@@ -194,6 +220,10 @@ impl<'e> Session<'e> {
     /// # Errors
     /// As [`Session::prefill`].
     pub fn step(&mut self, tokens: &[i32]) -> Result<Vec<f32>, GenerateError> {
+        logits(self.append(tokens, None)?)
+    }
+
+    fn append(&mut self, tokens: &[i32], draw: Option<&Draw>) -> Result<Outputs, GenerateError> {
         if tokens.len() != self.batch || self.is_empty() {
             return Err(GenerateError::Prompt(format!(
                 "{} tokens for {} rows with prompts",
@@ -212,17 +242,18 @@ impl<'e> Session<'e> {
             row.push(*t);
         }
         match rope::crossing(self.model) {
-            Some((original, true)) if before == original => self.replay(),
-            _ => self.run(before),
+            Some((original, true)) if before == original => self.replay(draw),
+            _ => self.run(before, draw),
         }
     }
 
     /// Runs the tokens from slot `from` on.
-    fn run(&mut self, from: usize) -> Result<Vec<f32>, GenerateError> {
+    fn run(&mut self, from: usize, draw: Option<&Draw>) -> Result<Outputs, GenerateError> {
         let (t, total) = (self.len() - from, self.len());
-        if !self.programs.contains_key(&t) {
-            let loaded = self.load(t)?;
-            self.programs.insert(t, loaded);
+        let key = (t, draw.is_some());
+        if !self.programs.contains_key(&key) {
+            let loaded = self.load(key)?;
+            self.programs.insert(key, loaded);
         }
         let mut tokens = Vec::new();
         let mut pos = Vec::new();
@@ -235,29 +266,28 @@ impl<'e> Session<'e> {
             ("pos".to_string(), HostTensor::I32(pos)),
             ("slot".to_string(), HostTensor::I32(vec![from as i32])),
         ];
+        if let Some(draw) = draw {
+            let words = draw.bits.iter().flat_map(|b| [*b as i32, (b >> 32) as i32]);
+            inputs.push(("bits".into(), HostTensor::I32(words.collect())));
+            let sampling = HostTensor::F32(draw.settings.sampling());
+            inputs.push(("sampling".into(), sampling));
+        }
         let frequencies = rope::dynamic_inputs(self.model, total);
         inputs.extend(
             frequencies
                 .into_iter()
                 .map(|(n, f)| (n, HostTensor::F32(f))),
         );
-        let program = &self.programs[&t];
+        let program = &self.programs[&key];
         let inputs: Vec<(&str, HostTensor)> = inputs
             .iter()
             .filter(|(n, _)| program.inputs.contains(n))
             .map(|(n, h)| (n.as_str(), h.clone()))
             .collect();
-        let mut out = self.engine.run(program.id, &inputs)?;
-        match out.remove("logits") {
-            Some(HostTensor::F32(logits)) => Ok(logits),
-            Some(HostTensor::I32(_)) | None => Err(BackendError::Unknown {
-                name: "logits".into(),
-            }
-            .into()),
-        }
+        Ok(self.engine.run(program.id, &inputs)?)
     }
 
-    fn load(&mut self, t: usize) -> Result<Loaded, GenerateError> {
+    fn load(&mut self, (t, draws): (usize, bool)) -> Result<Loaded, GenerateError> {
         let options = if t == 1 {
             Options::decode(self.batch, self.cache_len)
         } else {
@@ -265,6 +295,7 @@ impl<'e> Session<'e> {
         };
         let options = Options {
             compute: self.compute,
+            logits: if draws { Logits::Drawn } else { Logits::Last },
             ..options
         };
         let graph = pass::run_passes(&lower(self.model, &options)?, &pass::Config::default())?;
@@ -274,6 +305,26 @@ impl<'e> Session<'e> {
             id: self.engine.load(graph, plan)?,
             inputs,
         })
+    }
+}
+
+fn logits(mut out: Outputs) -> Result<Vec<f32>, GenerateError> {
+    match out.remove("logits") {
+        Some(HostTensor::F32(logits)) => Ok(logits),
+        Some(HostTensor::I32(_)) | None => Err(BackendError::Unknown {
+            name: "logits".into(),
+        }
+        .into()),
+    }
+}
+
+fn drawn(mut out: Outputs) -> Result<Vec<i32>, GenerateError> {
+    match out.remove("token") {
+        Some(HostTensor::I32(tokens)) => Ok(tokens),
+        Some(HostTensor::F32(_)) | None => Err(BackendError::Unknown {
+            name: "token".into(),
+        }
+        .into()),
     }
 }
 
@@ -315,33 +366,35 @@ pub fn generate(
         let mine: Vec<Vec<i32>> = rows.iter().map(|&i| prompts[i].clone()).collect();
         let mut session =
             Session::new(engine, model, rows.len(), cache_len).computing_in(settings.compute);
-        let mut logits = session.prefill(&mine)?;
+        session.begin(&mine)?;
         // A stream of its own for each row: what it draws does not depend on its neighbours.
         let mut rngs: Vec<Rng> = rows
             .iter()
             .map(|&i| Rng::new(&[settings.seed, i as u64]))
             .collect();
         let mut done = vec![false; rows.len()];
+        let mut next = Vec::new();
         for n in 0..settings.max_new_tokens {
-            let mut next = Vec::new();
+            let draw = Draw {
+                settings,
+                bits: rngs.iter_mut().map(Rng::bits).collect(),
+            };
+            next = drawn(match n {
+                0 => session.replay(Some(&draw))?,
+                _ => session.append(&next, Some(&draw))?,
+            })?;
             for (k, &row) in rows.iter().enumerate() {
-                let v = model.vocab_size;
-                let token = if done[k] {
-                    0
+                done[k] |= settings.stop.contains(&next[k]);
+                if done[k] {
+                    next[k] = 0;
                 } else {
-                    sample(&logits[k * v..(k + 1) * v], settings, &mut rngs[k])
-                };
-                done[k] |= settings.stop.contains(&token);
-                if !done[k] {
-                    said[row].push(token);
-                    heard(row, token);
+                    said[row].push(next[k]);
+                    heard(row, next[k]);
                 }
-                next.push(token);
             }
-            if done.iter().all(|d| *d) || n + 1 == settings.max_new_tokens {
+            if done.iter().all(|d| *d) {
                 break;
             }
-            logits = session.step(&next)?;
         }
     }
     Ok(said)
@@ -356,90 +409,4 @@ pub fn argmax(logits: &[f32]) -> i32 {
         }
     }
     best as i32
-}
-
-/// One token by these settings.
-pub fn sample(logits: &[f32], settings: &Settings, rng: &mut Rng) -> i32 {
-    if settings.temperature <= 0.0 {
-        return argmax(logits);
-    }
-    let mut order: Vec<usize> = (0..logits.len()).collect();
-    order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
-    if settings.top_k > 0 {
-        order.truncate(settings.top_k);
-    }
-    let top = f64::from(logits[order[0]]);
-    let weight = |i: usize| ((f64::from(logits[i]) - top) / settings.temperature).exp();
-    let mut weights: Vec<f64> = order.iter().map(|&i| weight(i)).collect();
-    let total: f64 = weights.iter().sum();
-    let mut reached = 0.0;
-    let keep = weights.iter().position(|w| {
-        reached += w / total;
-        reached >= settings.top_p
-    });
-    weights.truncate(keep.map_or(weights.len(), |k| k + 1));
-    let mut left = rng.unit() * weights.iter().sum::<f64>();
-    for (i, w) in order.iter().zip(&weights) {
-        left -= w;
-        if left < 0.0 {
-            return *i as i32;
-        }
-    }
-    order[weights.len() - 1] as i32
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sampling_keeps_to_its_bounds_and_its_seed() {
-        let logits: Vec<f32> = vec![0.0, 3.0, 1.0, 2.0, -1.0];
-        let draw = |s: &Settings| {
-            let mut rng = Rng::new(&[s.seed]);
-            (0..2000)
-                .map(|_| sample(&logits, s, &mut rng))
-                .collect::<Vec<_>>()
-        };
-        let warm = Settings {
-            temperature: 1.0,
-            ..Settings::default()
-        };
-        let all = draw(&warm);
-        assert_eq!(all, draw(&warm));
-        assert_ne!(
-            all,
-            draw(&Settings {
-                seed: 1,
-                ..warm.clone()
-            })
-        );
-        // Frequencies are softmax probabilities.
-        let sum: f64 = logits.iter().map(|l| f64::from(*l).exp()).sum();
-        for (i, l) in logits.iter().enumerate() {
-            let seen = all.iter().filter(|t| **t == i as i32).count() as f64 / 2000.0;
-            assert!(
-                (seen - f64::from(*l).exp() / sum).abs() < 0.04,
-                "{i}: {seen}"
-            );
-        }
-        assert!(
-            draw(&Settings {
-                top_k: 2,
-                ..warm.clone()
-            })
-            .iter()
-            .all(|t| [1, 3].contains(t))
-        );
-        // 3.0 alone has probability 0.63.
-        assert!(
-            draw(&Settings {
-                top_p: 0.6,
-                ..warm.clone()
-            })
-            .iter()
-            .all(|t| *t == 1)
-        );
-        assert!(draw(&Settings::default()).iter().all(|t| *t == 1));
-    }
 }

@@ -31,11 +31,12 @@ fn positive(of: &Value, names: &[&str]) {
 }
 
 /// Ops that only move numbers, or choose among them: they have bytes and no operations.
-const WITHOUT_OPERATIONS: [&str; 9] = [
+const WITHOUT_OPERATIONS: [&str; 10] = [
     "embed",
     "dispatch",
     "gather_rows",
     "cache_write",
+    "draw",
     "cast",
     "concat",
     "split",

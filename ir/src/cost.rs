@@ -103,6 +103,7 @@ pub fn node_bytes(g: &Graph, node: &Node) -> f64 {
         | Op::RouteBwd(_)
         | Op::Balance(_)
         | Op::BalanceBwd(_)
+        | Op::Draw(_)
         | Op::Dispatch(_)
         | Op::GatherRows(_)
         | Op::GroupedLinear(_)

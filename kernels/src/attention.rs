@@ -1,8 +1,8 @@
 //! Launches of attention: in f32 tiles of 32 queries or keys; in bf16 products of warps on tensor cores, and on sm_90, for widths in whole
 //! words of 16 bytes, products of warpgroups over tiles that the copy engine brings. Equal runs give equal bits, but for dq of the latter where the target leaves the order of sums open: then one kernel computes
-//! all gradients and adds its shares of dq in memory.
+//! all gradients and adds its shares of dq in memory. One query a sequence, a step of decoding, has kernels of its own.
 
-use crate::record::{Args, DType, Param, Recorder, Tensor, View, define, int, long};
+use crate::record::{Args, DType, Param, Recorder, Tensor, View, aligned, define, int, long};
 
 /// Rows of a block's own tile.
 const ROWS: usize = 32;
@@ -209,6 +209,9 @@ fn backward_tensor(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>
 /// `out`, `lse` of `q, k, v, pos?, slot?`.
 pub fn attention(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>) {
     let (q, k) = (a.arg(0), a.arg(1));
+    if q.size(1) == 1 {
+        return step(r, a, scale, window);
+    }
     if tensor_cores(r, &[q, k, a.arg(2), a.res(0)], scale, 256) {
         return forward_tensor(r, a, scale, window);
     }
@@ -230,6 +233,89 @@ pub fn attention(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>) 
     }
     let grid = [q.size(1).div_ceil(ROWS), q.size(2), q.size(0)];
     launch(r, a, "attn_fwd", (grid, (1, 1), 1), params);
+}
+
+/// Blocks among which a step shares its slots: what keeps the memory of a large device busy. A fixed number, since the order of sums depends
+/// on it.
+const STEP_BLOCKS: usize = 132 * 4;
+
+/// Most shares of one head's slots, and fewest slots of a share.
+const STEP_SHARES: usize = 64;
+const STEP_SLOTS: usize = 64;
+
+/// [`attention`] of one query a sequence: shares of the slots, and where there are several, their sum.
+fn step(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>) {
+    let (q, k, v, out) = (a.arg(0), a.arg(1), a.arg(2), a.res(0));
+    let (b, h, p) = (q.size(0), q.size(2), q.size(3));
+    let (s, g) = (k.size(1), k.size(2));
+    let by_warps = p.is_multiple_of(8)
+        && scale > 0.0
+        && [q, k, v, out].iter().all(|t| t.dtype == DType::Bf16)
+        && aligned(&[q, k, v, out]);
+    let heads = h / g.max(1);
+    let rows = match (by_warps, heads) {
+        (true, 0..=8) => 8,
+        (true, _) => 16,
+        (false, _) => heads.clamp(1, 8),
+    };
+    let blocks = heads.div_ceil(rows) * g;
+    let seen = window.map_or(s, |w| w.min(s));
+    let shares = STEP_BLOCKS
+        .div_ceil((blocks * b).max(1))
+        .min(seen.div_ceil(STEP_SLOTS))
+        .clamp(1, STEP_SHARES);
+    let part = match shares {
+        1 => Tensor::ABSENT,
+        _ => r.scratch(DType::F32, b * h * shares * (p + 2)),
+    };
+    let mut defines = a.types();
+    defines.extend([
+        define("P", p),
+        define("ROWS", rows),
+        define("MOST", STEP_SHARES),
+    ]);
+    let mut params: Vec<Param> = (0..5).map(|i| a.arg(i).into()).collect();
+    params.extend([
+        out.into(),
+        a.res(1).into(),
+        (&part).into(),
+        int(s),
+        int(h),
+        int(g),
+        Param::Float(scale),
+        window_param(window),
+    ]);
+    let (name, block, words) = if by_warps {
+        const WARPS: usize = 4;
+        defines.push(define("WARPS", WARPS));
+        let words = WARPS * rows * (2 + p.next_multiple_of(64));
+        ("attn_step_warps", 32 * WARPS, words)
+    } else {
+        ("attn_step", 256, rows * p + 32 * (2 * p + 1) + 32 * rows)
+    };
+    let grid = [shares, blocks, b];
+    let stem = "attention_step";
+    r.launch_shared(
+        (stem, name),
+        defines.clone(),
+        grid,
+        block,
+        4 * words,
+        params,
+    );
+    r.early();
+    if shares > 1 {
+        let params = vec![(&part).into(), out.into(), a.res(1).into(), int(shares)];
+        let block = p.next_multiple_of(32);
+        r.launch(
+            (stem, "attn_step_sum"),
+            defines,
+            [b * h, 1, 1],
+            block,
+            params,
+        );
+        r.early();
+    }
 }
 
 /// `dq, dk, dv` of `q, k, v, pos?, out, lse, dout`.

@@ -73,6 +73,7 @@ __device__ __forceinline__ void taps(float (*w)[V], float* bias, const TA1* weig
     }
 }
 KERNEL conv(const TA0* x, const TA1* w, const TA2* bias, const int* pos, const TA4* state, TR0* y, int T, int I, int L) {
+    early();
     int c = (blockIdx.x * blockDim.x + threadIdx.x) * V, from = blockIdx.y * L, to = from + L < T ? from + L : T;
     if (c >= I || from >= T) return;
     i64 b = blockIdx.z;
@@ -133,6 +134,7 @@ KERNEL conv(const TA0* x, const TA1* w, const TA2* bias, const int* pos, const T
 }
 // The last K-1 inputs become the state; ascending, so that older entries are read before they are overwritten.
 KERNEL conv_state(const TA0* x, TA4* state, int B, int T, int I) {
+    early();
     i64 e = global_thread();
     if (e >= (i64)B * I) return;
     i64 b = e / I;

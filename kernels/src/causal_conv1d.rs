@@ -80,6 +80,7 @@ pub fn causal_conv1d(r: &mut Recorder, a: &Args, silu: bool) {
             int(s.run),
         ],
     );
+    r.early();
     if !state.is_empty() && state.is_present() {
         r.launch(
             ("causal_conv1d", "conv_state"),
@@ -88,6 +89,7 @@ pub fn causal_conv1d(r: &mut Recorder, a: &Args, silu: bool) {
             STATE_BLOCK,
             vec![x.into(), a.res(1).into(), int(x.size(0)), int(t), int(i)],
         );
+        r.early();
     }
 }
 

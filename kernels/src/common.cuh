@@ -159,5 +159,11 @@ __device__ inline float block_max(float v) {
     v = (threadIdx.x & 31) < n ? part[threadIdx.x & 31] : -INF;
     return warp_max(v);
 }
+// First in every kernel that is launched early (see `Launch::early`): lets the next one begin as well, and waits for the results of all before.
+__device__ __forceinline__ void early() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;\ngriddepcontrol.wait;" ::: "memory");
+#endif
+}
 __device__ __forceinline__ i64 global_thread() { return (i64)blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ __forceinline__ i64 all_threads() { return (i64)gridDim.x * blockDim.x; }

@@ -314,6 +314,12 @@ mod tests {
                 "TILED GRADS VEC=0 Q=32 NN=256 PB=32 PP=32 STAGES=1",
             ],
             "attention" => &["", "WARPS WHOLE P=256", "WARPS P=33"],
+            "attention_step" => &[
+                "P=33 ROWS=8",
+                "WARPS=4 P=80 ROWS=8",
+                "WARPS=4 P=256 ROWS=16",
+            ],
+            "linear_few" => &["TILES=1 COLUMNS=1 WARPS=16 DEPTH=2", "TILES=1 COLUMNS=1 WARPS=16 DEPTH=2 FIXED"],
             "moe" => &["", "WARPS WHOLE", "WARPS"],
             "linear_cross_entropy" => &["", "TL=bf16 TA0=bf16"],
             "fp8" => &["", "WHOLE", "E5M2", "E5M2 WHOLE"],

@@ -11,6 +11,7 @@ struct Table { u64 at[PARTS]; i64 from[PARTS]; };
 struct alignas(PER * sizeof(TA0)) Piece { TA0 e[PER]; };
 // Part p has the columns from[p] to from[p + 1] (the last: to `to`) of the whole; n pieces of `cols` a row.
 KERNEL move_cols(const __grid_constant__ Table t, TA0* whole, i64 n, int cols, int total, int parts, int to) {
+    early();
     for (i64 i = global_thread(); i < n; i += all_threads()) {
         i64 row = i / cols;
         int c = (int)(i - row * cols) * PER + (int)t.from[0], p = 0;

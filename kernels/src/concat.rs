@@ -56,6 +56,7 @@ fn move_cols(r: &mut Recorder, parts: &[&Tensor], whole: &Tensor, back: bool) {
                 int(to),
             ],
         );
+        r.early();
     }
 }
 

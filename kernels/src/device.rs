@@ -110,6 +110,7 @@ enum Step {
         grid: [u32; 3],
         block: u32,
         shared: u32,
+        early: bool,
         words: Vec<u64>,
         /// Where each parameter starts in `words`.
         starts: Vec<usize>,
@@ -273,6 +274,7 @@ impl Device {
                 name,
                 target: Target {
                     hopper: (major, minor) == (9, 0),
+                    early: major >= 9,
                     fp8: (major, minor) >= (8, 9),
                     shared,
                     multiprocessors,
@@ -515,6 +517,7 @@ impl Device {
             grid: l.grid.map(|x| x as u32),
             block: l.block as u32,
             shared: l.shared as u32,
+            early: l.early,
             words,
             starts,
         })
@@ -1022,6 +1025,7 @@ impl Device {
                     grid,
                     block,
                     shared,
+                    early,
                     words,
                     starts,
                 } => {
@@ -1029,15 +1033,26 @@ impl Device {
                         .iter()
                         .map(|&s| words[s..].as_ptr().cast_mut().cast())
                         .collect();
-                    cu::launch_kernel(
-                        *function,
-                        (grid[0], grid[1], grid[2]),
-                        (*block, 1, 1),
-                        *shared,
-                        self.stream,
-                        &mut params,
-                    )
-                    .map_err(driver("launching a kernel"))
+                    // SAFETY: a plain struct of numbers, of which 0 is one.
+                    let mut begin: sys::CUlaunchAttribute = std::mem::zeroed();
+                    begin.id = sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+                    begin.value.programmaticStreamSerializationAllowed = 1;
+                    let config = sys::CUlaunchConfig {
+                        gridDimX: grid[0],
+                        gridDimY: grid[1],
+                        gridDimZ: grid[2],
+                        blockDimX: *block,
+                        blockDimY: 1,
+                        blockDimZ: 1,
+                        sharedMemBytes: *shared,
+                        hStream: self.stream,
+                        attrs: &raw mut begin,
+                        numAttrs: u32::from(*early),
+                    };
+                    let none = std::ptr::null_mut();
+                    sys::cuLaunchKernelEx(&raw const config, *function, params.as_mut_ptr(), none)
+                        .result()
+                        .map_err(driver("launching a kernel"))
                 }
                 Step::Product(p) => self.multiply(p),
                 Step::Zero(ptr, bytes) => {

@@ -1,4 +1,5 @@
 KERNEL embed(const int* tokens, const TA1* table, TR0* y, i64 n, int D) {
+    early();
     for (i64 e = global_thread(); e < n; e += all_threads()) st(y, e, ld(table, (i64)tokens[e / D] * D + e % D));
 }
 // Rows of W vectors of 8, n of them in all; all addresses are of 16 bytes.

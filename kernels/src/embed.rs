@@ -24,6 +24,7 @@ pub fn embed(r: &mut Recorder, a: &Args) {
             int(y.last() / per),
         ],
     );
+    r.early();
 }
 
 /// `dtable` of `tokens, dy, into?, beta?`.

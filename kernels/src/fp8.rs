@@ -247,6 +247,7 @@ mod tests {
             &Args {
                 args,
                 results: &results,
+                fixed: &[],
             },
         );
         let bytes = r.scratch_bytes();

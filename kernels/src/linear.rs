@@ -2,7 +2,8 @@
 
 use crate::cast::convert;
 use crate::record::{
-    Args, Command, DType, Param, Product, Recorder, THREADS, Tensor, int, long, over,
+    Args, Command, DType, Param, Product, Recorder, THREADS, Tensor, aligned, define, int, long,
+    over,
 };
 use crate::reduce::scale_into;
 
@@ -144,8 +145,62 @@ pub fn noise(r: &mut Recorder, ptr: u64, bytes: usize) {
 pub fn linear(r: &mut Recorder, a: &Args) {
     let (x, w, y) = (a.arg(0), a.arg(1), a.res(0));
     let (m, n, k) = (x.rows(), w.size(0), w.size(1));
+    if is_few(a, (m, n, k)) {
+        return linear_few(r, a, (m, n, k));
+    }
     product_and(r, plain(x), flipped(w), a.arg(3), y, (m, n, k));
     add_bias(r, a);
+}
+
+/// Most rows of x for which the weights are read by a kernel of our own.
+const FEW: usize = 8;
+
+/// Whether a product is little more than reading the weights, in types and at addresses that [`linear_few`] takes.
+fn is_few(a: &Args, (m, n, k): (usize, usize, usize)) -> bool {
+    let (x, w, add, y) = (a.arg(0), a.arg(1), a.arg(3), a.res(0));
+    (1..=FEW).contains(&m)
+        && n > 0
+        && k > 0
+        && k.is_multiple_of(8)
+        && [x, w].iter().all(|t| t.dtype == DType::Bf16)
+        && aligned(&[x, w])
+        && (!add.is_present() || add.dtype == y.dtype)
+}
+
+/// [`linear`] for few rows: the sum of each element is shared by the warps of a block.
+fn linear_few(r: &mut Recorder, a: &Args, (m, n, k): (usize, usize, usize)) {
+    let (x, w, b, add, y) = (a.arg(0), a.arg(1), a.arg(2), a.arg(3), a.res(0));
+    let mut defines = a.types();
+    defines.retain(|(name, _)| name == "TA2" || name == "TR0");
+    let (tiles, warps) = (1, 16);
+    defines.extend([
+        define("TILES", tiles),
+        define("COLUMNS", m.div_ceil(8)),
+        define("WARPS", warps),
+        define("DEPTH", 2),
+    ]);
+    if a.is_fixed(1) {
+        defines.push(define("FIXED", 1));
+    }
+    let params = vec![
+        x.into(),
+        w.into(),
+        b.into(),
+        add.into(),
+        y.into(),
+        int(m),
+        int(n),
+        int(k),
+    ];
+    let grid = [n.div_ceil(16 * tiles), 1, 1];
+    r.launch(
+        ("linear_few", "linear_few"),
+        defines,
+        grid,
+        32 * warps,
+        params,
+    );
+    r.early();
 }
 
 /// `y += b` of [`linear`], where there is one.

@@ -286,6 +286,7 @@ mod tests {
             let a = Args {
                 args: &args,
                 results: &results,
+                fixed: &[],
             };
             let op = CrossEntropy {
                 multiplier: 1.0,

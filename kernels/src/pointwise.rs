@@ -103,7 +103,7 @@ impl Program {
         let each = self.each(args);
         let _ = writeln!(
             s,
-            "i64 n) {{\n    for (i64 i = {each} * global_thread(); i < n; i += {each} * all_threads()) {{"
+            "i64 n) {{\n    early();\n    for (i64 i = {each} * global_thread(); i < n; i += {each} * all_threads()) {{"
         );
         if each > 1 {
             for i in 0..self.broadcast.len() {
@@ -217,7 +217,9 @@ pub fn pointwise(r: &mut Recorder, a: &Args, program: &Program) {
         block: THREADS,
         shared: 0,
         params,
+        early: false,
     }));
+    r.early();
 }
 
 #[cfg(test)]
@@ -256,6 +258,7 @@ mod tests {
             let args = Args {
                 args: &args,
                 results: &results,
+                fixed: &[],
             };
             let program = Program {
                 code: vec![

@@ -97,6 +97,9 @@ pub struct Args<'a> {
     pub args: &'a [Option<Tensor>],
     /// Results.
     pub results: &'a [Tensor],
+    /// Arguments that nothing of the program writes, such as the weights of a step of decoding: those may be read before what was launched
+    /// before has ended. Shorter than `args`: not known of the others.
+    pub fixed: &'a [bool],
 }
 
 impl<'a> Args<'a> {
@@ -104,6 +107,11 @@ impl<'a> Args<'a> {
     pub fn arg(&self, i: usize) -> &'a Tensor {
         const ABSENT: &Tensor = &Tensor::ABSENT;
         self.args.get(i).and_then(Option::as_ref).unwrap_or(ABSENT)
+    }
+
+    /// Whether argument `i` is there and nothing of the program writes it.
+    pub(crate) fn is_fixed(&self, i: usize) -> bool {
+        self.arg(i).is_present() && self.fixed.get(i).copied().unwrap_or(false)
     }
 
     /// Result `i`, or [`Tensor::ABSENT`].
@@ -182,6 +190,8 @@ pub struct Target {
     pub hopper: bool,
     /// Bytes of shared memory that a block may take; 0: unknown, what every architecture has (99 KiB) is used.
     pub shared: usize,
+    /// Kernels that are launched before their predecessor has ended (sm_90 and later).
+    pub early: bool,
     /// Products of operands of 8 bits (sm_89 and later).
     pub fp8: bool,
     /// Number of multiprocessors, for kernels whose blocks stay; 0: unknown, such kernels are not used.
@@ -211,6 +221,9 @@ pub struct Launch {
     pub shared: usize,
     /// Parameters in order.
     pub params: Vec<Param>,
+    /// Whether its blocks may take their places while what was launched before still runs. Such a kernel waits by itself (`early()` in its
+    /// source) before it reads or writes anything that a kernel writes.
+    pub early: bool,
 }
 
 /// Format of 8 bits.
@@ -397,9 +410,31 @@ impl Recorder {
             block,
             shared,
             params,
+            early: false,
         }));
     }
+
+    /// Lets the kernel launched last begin early where the device can and it has few blocks: what it costs to start a kernel is then hidden
+    /// behind the one before. Its source calls `early()` first; blocks of a large grid would keep others waiting for their places.
+    pub(crate) fn early(&mut self) {
+        let can = self.target.early;
+        if let Some(Command::Launch(l)) = self.commands.last_mut() {
+            debug_assert!(waits(&l.module.source, l.function), "{}", l.function);
+            l.early = can && l.grid.iter().product::<usize>() * l.block <= EARLY_THREADS;
+        }
+    }
 }
+
+/// Whether a kernel waits for those before it.
+fn waits(source: &str, kernel: &str) -> bool {
+    let start = source.find(&format!(" {kernel}(")).unwrap_or(source.len());
+    let body = &source[start..];
+    let end = body.find("\n}").unwrap_or(body.len());
+    body[..end].contains("early();")
+}
+
+/// Most threads of a launch that begins early: about what a large device holds at once.
+const EARLY_THREADS: usize = 132 * 2048;
 
 /// Threads of a block of an elementwise kernel.
 pub(crate) const THREADS: usize = 256;
@@ -462,14 +497,17 @@ macro_rules! sources {
 sources![
     "adamw",
     "attention",
+    "attention_step",
     "cache_write",
     "cast",
     "causal_conv1d",
     "concat",
+    "draw",
     "embed",
     "fp8",
     "gated_delta",
     "linear",
+    "linear_few",
     "linear_cross_entropy",
     "moe",
     "reduce",

@@ -1,5 +1,6 @@
 // Any sizes and addresses. gate: 0 none, 1 before, 2 after. A row is one group of `group` elements; `wlen` is the length of w (0: none).
 KERNEL rms_norm(const TA0* x, const TA1* w, const TA2* z, TR0* y, float* rstd, int group, int wlen, float eps, int zero_centered, int gate) {
+    early();
     i64 base = (i64)blockIdx.x * group;
     float s = 0;
     for (int i = threadIdx.x; i < group; i += blockDim.x) {
@@ -109,6 +110,7 @@ __device__ __forceinline__ float team_sum(float v, float* part) {
     return v;
 }
 KERNEL __launch_bounds__(BLOCK, HOLD) rms_norm_rows(const TA0* x, const TA1* w, const TA2* z, TR0* y, float* rstd, i64 rows, int group, int wlen, float eps, int zero_centered) {
+    early();
     __shared__ float part[2][32];
     const int teams = blockDim.x / TEAM, team = threadIdx.x / TEAM, first = threadIdx.x % TEAM * 8;
     const i64 step = (i64)gridDim.x * teams;

@@ -112,6 +112,7 @@ pub fn rms_norm(r: &mut Recorder, a: &Args, op: &RmsNorm) {
         params.push(Param::Int(op.gate));
     }
     r.launch(("rms_norm", function), defines, [grid, 1, 1], block, params);
+    r.early();
 }
 
 /// `dx`, then `dw` and `dz` where their arguments are present, of `x, w?, z?, rstd, dy, add?`; `add` is added to dx.

@@ -1,4 +1,5 @@
 KERNEL rope(const TA0* x, const int* pos, const float* inv_freq, TR0* y, i64 n, int T, int H, int P, int dims, float factor, int inverse) {
+    early();
     for (i64 e = global_thread(); e < n; e += all_threads()) {
         int p = e % P;
         if (p >= dims) {
@@ -20,6 +21,7 @@ KERNEL rope(const TA0* x, const int* pos, const float* inv_freq, TR0* y, i64 n, 
 // The same with 8 elements a thread at a time: P and half of dims are multiples of 8, addresses of 16 bytes. A block has R tokens, whose
 // angles all heads share.
 KERNEL rope8(const TA0* x, const int* pos, const float* inv_freq, TR0* y, i64 tokens, int T, int H, int P, int dims, float factor, int inverse, int R) {
+    early();
     extern __shared__ float angles[];
     const int half = dims / 2, per = H * P / 8;
     const i64 first = (i64)blockIdx.x * R;

@@ -29,6 +29,7 @@ pub fn rope(r: &mut Recorder, a: &Args, dims: usize, factor: f32, inverse: bool)
     ]);
     if !wide {
         r.launch(("rope", "rope"), a.types(), over(n), THREADS, params);
+        r.early();
         return;
     }
     let block = (VECTORS / (h * p / 8)).clamp(1, (ANGLES / half.max(1)).max(1));
@@ -41,4 +42,5 @@ pub fn rope(r: &mut Recorder, a: &Args, dims: usize, factor: f32, inverse: bool)
         8 * block * half,
         params,
     );
+    r.early();
 }

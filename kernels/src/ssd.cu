@@ -11,6 +11,7 @@
 #endif
 // decay is 0 at the first token of a document.
 KERNEL ssd_dt(const TA1* dt, const TA2* a, const TA6* dt_bias, const int* pos, float* dts, float* decay, i64 n, int H, float lo, float hi) {
+    early();
     for (i64 e = global_thread(); e < n; e += all_threads()) {
         int h = e % H;
         float v = fminf(fmaxf(softplus(ld(dt, e) + (dt_bias ? ld(dt_bias, h) : 0.f)), lo), hi);
@@ -71,6 +72,7 @@ __device__ __forceinline__ void run(const TU* u, i64 us, const TV* v, i64 vs, co
 }
 #define PLACE i64 h = blockIdx.y; int g = h / (H / G); (void)g;
 KERNEL ssd_y(const TA0* x, const TA3* b, const TA4* c, const TA5* d, const float* dts, const float* decay, TR0* y, float* state, float* saved, int T, int H, int P, int G, int N, int chunk) {
+    early();
     PLACE
     float skip = d ? ld(d, h) : 0.f;
     run<LN, SN, false, float>(x + h * P, (i64)H * P, b + g * N, (i64)G * N, c + g * N, (i64)G * N, (const float*)0, 0, dts, decay, (double*)0, state, saved, T, H, P, N, chunk,

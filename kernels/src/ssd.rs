@@ -90,6 +90,7 @@ fn steps(r: &mut Recorder, a: &Args, s: &Shape, limit: (f32, f32)) -> (Tensor, T
             Param::Float(limit.1),
         ],
     );
+    r.early();
     (dts, decay)
 }
 
@@ -126,6 +127,7 @@ pub fn ssd(r: &mut Recorder, a: &Args, chunk: usize, limit: (f32, f32)) {
         BLOCK,
         params,
     );
+    r.early();
 }
 
 /// `dx, ddt, da, db, dc`, then `dd, ddt_bias` where their arguments are present, of

@@ -17,6 +17,7 @@ fn launch(r: &mut Recorder, a: &Args, name: &'static str, time: usize) {
             int(y.last()),
         ],
     );
+    r.early();
 }
 
 /// `y` of `x`.

@@ -456,6 +456,24 @@ pub fn draw(name: &str, seed: u64) -> Option<Sample> {
             ];
             sample(CacheWrite, args, &[], &[])
         }
+        "draw" => {
+            let (b, v) = (g.pick(&[1, 3]), g.pick(&[1, 7, 300, 3000]));
+            // Coarse logits, so that many are equal.
+            let step = g.pick(&[0.5, 0.0625]);
+            let logits = g.map(dims![B b, T 1, V v], |x| (8.0 * x / step).round() * step);
+            let settings = HostTensor::F32(vec![
+                g.pick(&[0.0, 0.7, 1.0, 3.0]),
+                g.pick(&[0.0, 1.0, 5.0, 200.0]),
+                g.pick(&[1.0, 0.9, 0.3]),
+            ]);
+            let settings = Arg {
+                ty: Type::f32(dims![X 3]),
+                data: settings,
+            };
+            let bits = (0..2 * b).map(|_| g.next() as i32).collect();
+            let args = vec![logits, Some(settings), ints(dims![B b, T 1, X 2], bits)];
+            sample(Draw, args, &[], &[])
+        }
         "cast" => {
             let x = g.shape(width);
             sample(Cast { to: DType::F32 }, vec![g.arg(x)], &[0], &[0])

@@ -48,6 +48,7 @@ pub const F32: &[(&str, Tolerance)] = &[
     ("combine", FEW),
     ("linear_cross_entropy", SUMS),
     ("cache_write", EXACT),
+    ("draw", EXACT),
     ("cast", EXACT),
     ("concat", EXACT),
     ("split", EXACT),

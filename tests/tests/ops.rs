@@ -287,6 +287,11 @@ fn attention_and_its_cache() {
 }
 
 #[test]
+fn tokens_drawn() {
+    suite(&["draw"]);
+}
+
+#[test]
 fn convolution() {
     suite(&["causal_conv1d"]);
 }

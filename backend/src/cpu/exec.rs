@@ -2,7 +2,7 @@
 
 use super::tensor::{Args, Cx, Results};
 use super::{
-    adamw, attention, cache_write, cast, causal_conv1d, concat, embed, gated_delta, linear,
+    adamw, attention, cache_write, cast, causal_conv1d, concat, draw, embed, gated_delta, linear,
     linear_cross_entropy, moe, pointwise, reduce, rms_norm, rope, route, selective_scan, ssd, stat,
     view,
 };
@@ -30,6 +30,7 @@ pub(super) fn call(op: &Op, a: &Args, r: &mut Results, cx: &Cx) {
         Op::GatedDelta(op) => gated_delta::gated_delta(op, a, r, cx),
         Op::GatedDeltaBwd(op) => gated_delta::gated_delta_bwd(op, a, r, cx),
         Op::CacheWrite(op) => cache_write::cache_write(op, a, r, cx),
+        Op::Draw(op) => draw::draw(op, a, r, cx),
         Op::Pointwise(op) => pointwise::pointwise(op, a, r, cx),
         Op::Route(op) => route::route(op, a, r, cx),
         Op::RouteBwd(op) => route::route_bwd(op, a, r, cx),

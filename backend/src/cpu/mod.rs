@@ -12,6 +12,7 @@ mod causal_conv1d;
 #[cfg(test)]
 mod check;
 mod concat;
+mod draw;
 mod embed;
 mod exec;
 mod gated_delta;

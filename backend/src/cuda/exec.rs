@@ -3,6 +3,7 @@
 use marimba_ir::Type;
 use marimba_ir::op::{
     Bin, Broadcast, Gate, Instr, LinearCrossEntropy, Normalize, Op, RmsNorm, Route, Score, Un,
+    WEIGHT_BITS,
 };
 use marimba_kernels as k;
 
@@ -38,6 +39,7 @@ pub(super) fn record(
         Op::GatedDelta(op) => k::gated_delta(r, a, op.chunk),
         Op::GatedDeltaBwd(op) => k::gated_delta_bwd(r, a, op.of.chunk),
         Op::CacheWrite(_) => k::cache_write(r, a),
+        Op::Draw(_) => k::draw(r, a, WEIGHT_BITS),
         Op::Pointwise(op) => {
             let Some(out) = results.first() else { return };
             let program = k::Program {

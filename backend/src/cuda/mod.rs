@@ -12,7 +12,7 @@ use crate::{
     BackendError, DeviceMemory, Engine, HostTensor, NodeTime, NonFinite, Outputs, ProgramId,
 };
 use half::{bf16, f16};
-use marimba_ir::op::Op;
+use marimba_ir::op::{Alias, Op};
 use marimba_ir::{DType, External, Graph, Memory, Node, Plan, Type, ValueId};
 use marimba_kernels::{
     self as k, Captured, Device, KernelError, Pinned, Prepared, Recorder, Target,
@@ -60,6 +60,7 @@ pub fn cuda_bytes<'a>(programs: impl IntoIterator<Item = (&'a Graph, &'a Plan)>)
     // A kernel chosen for its device may need other scratch memory: this is what a Hopper card takes.
     let target = Target {
         hopper: true,
+        early: true,
         fp8: true,
         multiprocessors: 132,
         shared: 227 << 10,
@@ -314,6 +315,22 @@ fn check_node(g: &Graph, node: &Node, target: Target) -> Result<(), BackendError
     Ok(())
 }
 
+/// Values whose memory some node writes over.
+fn written(g: &Graph) -> BTreeSet<ValueId> {
+    let mut all = BTreeSet::new();
+    for node in &g.nodes {
+        for (result, &v) in node.results.iter().enumerate() {
+            match node.alias(result) {
+                Some(Alias::InPlace { .. }) => {
+                    all.insert(g.root(v));
+                }
+                Some(Alias::View { .. }) | None => {}
+            }
+        }
+    }
+    all
+}
+
 /// Records all nodes; `base` gives the address of a value.
 fn record(
     g: &Graph,
@@ -323,6 +340,7 @@ fn record(
 ) -> (Recorder, Vec<Range<usize>>) {
     let mut r = Recorder::new(scratch).on(target);
     let mut spans = Vec::with_capacity(g.nodes.len());
+    let written = written(g);
     let mut at = 0;
     while let Some(node) = g.nodes.get(at) {
         let from = r.commands.len();
@@ -336,7 +354,7 @@ fn record(
             k::accumulate_all(&mut r, &beta.unwrap_or(k::Tensor::ABSENT), &sums);
         } else {
             at += 1;
-            record_one(g, node, &address, &mut r);
+            record_one(g, node, &written, &address, &mut r);
         }
         spans.push(from..r.commands.len());
     }
@@ -366,7 +384,13 @@ fn sums_from(g: &Graph, address: impl Fn(ValueId) -> u64, at: usize) -> Vec<(u64
     sums
 }
 
-fn record_one(g: &Graph, node: &Node, address: impl Fn(ValueId) -> u64, r: &mut Recorder) {
+fn record_one(
+    g: &Graph,
+    node: &Node,
+    written: &BTreeSet<ValueId>,
+    address: impl Fn(ValueId) -> u64,
+    r: &mut Recorder,
+) {
     let types: Vec<Option<Type>> = node
         .args
         .iter()
@@ -383,6 +407,19 @@ fn record_one(g: &Graph, node: &Node, address: impl Fn(ValueId) -> u64, r: &mut 
         .iter()
         .map(|&v| tensor(g.ty(v), address(v)))
         .collect();
+    let is_fixed = |v: ValueId| {
+        let root = g.root(v);
+        let held = match g.external(root) {
+            Some(External::Param | External::Master | External::Const(_)) => true,
+            Some(_) | None => false,
+        };
+        held && !written.contains(&root)
+    };
+    let fixed: Vec<bool> = node
+        .args
+        .iter()
+        .map(|a| a.is_some_and(is_fixed))
+        .collect();
     exec::record(
         &node.op,
         g.in_fp8(node),
@@ -390,6 +427,7 @@ fn record_one(g: &Graph, node: &Node, address: impl Fn(ValueId) -> u64, r: &mut 
         &k::Args {
             args: &args,
             results: &outs,
+            fixed: &fixed,
         },
         &types,
         &results,

@@ -13,6 +13,7 @@ mod cache_write;
 mod cast;
 mod causal_conv1d;
 mod concat;
+mod draw;
 mod embed;
 mod engine;
 mod gated_delta;
@@ -98,6 +99,7 @@ fn run_op<E: Dtype, D: DfdxDevice<E>>(
         // Its gradients come from the tape.
         Op::LinearCrossEntropyGrad(op) => linear_cross_entropy::linear_cross_entropy(cx, &op.of, a),
         Op::CacheWrite(_) => cache_write::cache_write(cx, a),
+        Op::Draw(_) => draw::draw(a),
         Op::Cast(op) => cast::cast(cx, op, a),
         Op::Concat(_) => concat::concat(cx, a),
         Op::Split(op) => concat::split(cx, op, a),

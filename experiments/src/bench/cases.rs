@@ -163,6 +163,12 @@ impl Builder {
         Some(self.graph.add_external(External::Input, name, ty))
     }
 
+    fn floats(&mut self, name: &str, dims: Vec<Dim>, data: Vec<f32>) -> Arg {
+        self.inputs.push((name.into(), HostTensor::F32(data)));
+        let ty = Type::f32(dims);
+        Some(self.graph.add_external(External::Input, name, ty))
+    }
+
     /// Positions of whole rows, from `from` on.
     fn pos(&mut self, b: usize, t: usize, from: usize) -> Arg {
         self.ints("pos", dims![B b, T t], positions(b, t, from))
@@ -729,6 +735,18 @@ fn small_ops(size: Size, dtype: DType, b: usize, t: usize) -> Result<Vec<Case>, 
     ];
     let shape = format!("step, B{rows}, {kv} heads of {p}");
     all.push(g.case("cache_write", shape, CacheWrite, args, &[])?);
+
+    let v = size.of([300, 16384, 128_256]);
+    for (what, settings) in [("greedy", [0.0, 0.0, 1.0]), ("top-p 0.9", [1.0, 0.0, 0.9])] {
+        let mut g = new();
+        let args = vec![
+            g.float("logits", dims![B rows, V v], 3.0, 0.0),
+            g.floats("settings", dims![X 3], settings.to_vec()),
+            g.ints("bits", dims![B rows, X 2], ids(2 * rows, 1 << 20)),
+        ];
+        let shape = format!("{rows} rows of {v}, {what}");
+        all.push(g.case("draw", shape, Draw, args, &[])?);
+    }
 
     let mut g = new();
     let args = vec![g.float("x", row(d), 1.0, 0.0)];

@@ -3,7 +3,8 @@
 //!
 //! Inputs of every graph: `tokens i32[B T]`, `pos i32[B T]` (position within the document; 0 starts a new one). Training and
 //! evaluation add `targets i32[B T]` and `loss_scale f32[X1]` (and `aux_scale f32[X1]` where routers have losses); prefill and decode add `slot i32[X1]`, the cache slot of the first
-//! token. Outputs: `loss`, `nll`, `hit` (see `linear_cross_entropy`), `aux:<name>`, or `logits`.
+//! token. Outputs: `loss`, `nll`, `hit` (see `linear_cross_entropy`), `aux:<name>`, or `logits`, or `token`, for which there are the inputs
+//! `sampling f32[X3]` and `bits i32[B 1 X2]` (see `draw`).
 
 mod attention;
 mod cx;
@@ -19,7 +20,7 @@ mod update;
 pub use cx::Cx;
 pub use update::{OptimizerConfig, update, update_scaled};
 
-use crate::op::{Concat, Embed, Gate, Last, LinearCrossEntropy, Pointwise, Un};
+use crate::op::{Concat, Draw, Embed, Gate, Last, LinearCrossEntropy, Pointwise, Un};
 use crate::{DType, Graph, Letter, ParamInit, Type, TypeError, ValueId, dims};
 use marimba_dsl::model::{Ffn, Inject, Layer, Mixer, Model, Norm, Sublayer};
 
@@ -41,6 +42,8 @@ pub enum Logits {
     None,
     /// Of the last token of each row, `f32[B 1 V]`.
     Last,
+    /// A token drawn from those of the last token of each row, `token i32[B 1]` ([`Draw`](crate::op::Draw)).
+    Drawn,
     /// Of all tokens, `f32[B T V]`.
     All,
 }
@@ -164,14 +167,23 @@ pub fn lower(model: &Model, options: &Options) -> Result<Graph, TypeError> {
     }
     let rows = match options.logits {
         Logits::None => None,
-        Logits::Last => Some(cx.push1(Last, vec![Some(x)])?),
+        Logits::Last | Logits::Drawn if t == 1 => Some(x),
+        Logits::Last | Logits::Drawn => Some(cx.push1(Last, vec![Some(x)])?),
         Logits::All => Some(x),
     };
     if let Some(rows) = rows {
         let logits = cx.product(rows, head)?;
         let logits = cx.cast(logits, DType::F32)?;
         let logits = cx.scale(logits, model.head.multiplier)?;
-        cx.output("logits", logits);
+        if options.logits == Logits::Drawn {
+            let settings = cx.input("sampling", Type::f32(dims![X 3]));
+            let bits = cx.input("bits", Type::i32(dims![B b, T 1, X 2]));
+            let args = vec![Some(logits), Some(settings), Some(bits)];
+            let token = cx.push1(Draw, args)?;
+            cx.output("token", token);
+        } else {
+            cx.output("logits", logits);
+        }
     }
     Ok(cx.finish())
 }

@@ -10,6 +10,7 @@ mod cache_write;
 mod cast;
 mod causal_conv1d;
 mod concat;
+mod draw;
 mod embed;
 mod gated_delta;
 mod linear;
@@ -31,6 +32,7 @@ pub use cache_write::CacheWrite;
 pub use cast::Cast;
 pub use causal_conv1d::{CausalConv1d, CausalConv1dBwd};
 pub use concat::{Concat, Split};
+pub use draw::{Draw, WEIGHT_BITS};
 pub use embed::{Embed, EmbedBwd};
 pub use gated_delta::{GatedDelta, GatedDeltaBwd};
 pub use linear::{Linear, LinearDw, LinearDx};
@@ -251,7 +253,7 @@ ops! {
     forward {
         Embed, Linear, RmsNorm, Rope, Attention, CausalConv1d, SelectiveScan, Ssd, GatedDelta, Pointwise,
         Route, Balance, Dispatch, GatherRows, GroupedLinear, Combine, LinearCrossEntropy,
-        CacheWrite, Cast, Concat, Split, Last, Reshape, Rows, MeanSquare, Stat,
+        CacheWrite, Draw, Cast, Concat, Split, Last, Reshape, Rows, MeanSquare, Stat,
     }
     other {
         EmbedBwd, LinearDx, LinearDw, RmsNormBwd, AttentionBwd, CausalConv1dBwd, SelectiveScanBwd, SsdBwd, GatedDeltaBwd,

@@ -213,6 +213,7 @@ fn own(
         block: 256,
         shared: 0,
         params,
+        early: false,
     })
 }
 
@@ -437,6 +438,7 @@ impl Run {
             &Args {
                 args: &args,
                 results: &results,
+                fixed: &[],
             },
         );
     }

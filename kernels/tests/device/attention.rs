@@ -247,3 +247,80 @@ fn attention_from_a_slot() {
         }
     });
 }
+
+/// One query a sequence over many slots: shares of slots, windows, documents, heads of a group that fill more than one tile, odd widths.
+#[test]
+fn attention_of_one_query() {
+    with_device(|g| {
+        for (b, s, h, gr, p, window, slot) in [
+            (3, 700, 8, 2, 128, None, 650),
+            (2, 333, 6, 2, 64, Some(100), 332),
+            (1, 2000, 4, 1, 80, None, 1999),
+            (2, 150, 12, 1, 256, None, 140),
+            (1, 400, 40, 2, 64, Some(37), 399),
+            (2, 300, 9, 3, 33, None, 200),
+            (70, 90, 8, 8, 16, None, 89),
+            (2, 64, 2, 1, 128, None, 0),
+        ] {
+            let slots = |seed| {
+                let mut x = g.noise(seed, b * s * gr * p);
+                // What stands after the query's slot was never written.
+                for row in x.chunks_exact_mut(s * gr * p) {
+                    row[(slot + 1) * gr * p..].fill(f64::NAN);
+                }
+                F(vec![b, s, gr, p], x)
+            };
+            for packed in [false, true] {
+                let back = |row: usize| match packed {
+                    true => slot - (29 * row + 3).min(slot),
+                    false => slot,
+                };
+                let pos = match packed {
+                    true => I(vec![b, 1], (0..b).map(|i| back(i) as i32).collect()),
+                    false => No,
+                };
+                let args = [
+                    g.f(1, &[b, 1, h, p]),
+                    slots(2),
+                    slots(3),
+                    pos,
+                    I(vec![1], vec![slot as i32]),
+                ];
+                let a = data(&args);
+                let scale = 0.2;
+                let (mut want, mut sums) = (vec![0.0; b * h * p], vec![0.0; b * h]);
+                for (i, y) in want.chunks_exact_mut(p).enumerate() {
+                    let row = i / h;
+                    let least = window.map_or(0, |w| (slot + 1).saturating_sub(w));
+                    let seen = least.max(slot - back(row))..=slot;
+                    let at = |k: usize| ((row * s + k) * gr + i % h / (h / gr)) * p;
+                    let e: V = seen
+                        .clone()
+                        .map(|k| {
+                            let d: f64 = (0..p).map(|j| a[0][i * p + j] * a[1][at(k) + j]).sum();
+                            (d * scale).exp()
+                        })
+                        .collect();
+                    let sum: f64 = e.iter().sum();
+                    sums[i] = sum.ln();
+                    for (k, e) in seen.zip(&e) {
+                        for (j, y) in y.iter_mut().enumerate() {
+                            *y += e / sum * a[2][at(k) + j];
+                        }
+                    }
+                }
+                let results = [R::F(vec![b, 1, h, p]), R::S(vec![b, h, 1])];
+                let out = g.run(&args, &results, |r, a| {
+                    attention(r, a, scale as f32, window);
+                });
+                let what = format!("attention of one of {:?}", (b, s, h, gr, p, window, packed));
+                g.close(&what, &out[0], &want);
+                g.close(&format!("sums of {what}"), &out[1], &sums);
+                let again = g.run(&args, &results, |r, a| {
+                    attention(r, a, scale as f32, window);
+                });
+                assert!(out == again, "{what}: other bits in a second run");
+            }
+        }
+    });
+}

@@ -66,6 +66,39 @@ fn linear_ops() {
     });
 }
 
+/// Few rows, as in decoding: odd counts of columns, long and short sums, a bias, something added.
+#[test]
+fn linear_of_few_rows() {
+    with_device(|g| {
+        for (m, n, k) in [
+            (1, 4096, 2048),
+            (1, 17, 8),
+            (3, 33, 72),
+            (8, 200, 1000),
+            (5, 16, 7168),
+        ] {
+            for more in [false, true] {
+                let (bias, add) = match more {
+                    true => (g.s(3, &[n]), g.f(4, &[m, n])),
+                    false => (No, No),
+                };
+                let args = [g.f(1, &[m, k]), g.f(2, &[n, k]), bias, add];
+                let a = data(&args);
+                let want: V = (0..m * n)
+                    .map(|e| {
+                        let sum: f64 = (0..k)
+                            .map(|i| a[0][e / n * k + i] * a[1][e % n * k + i])
+                            .sum();
+                        sum + if more { a[2][e % n] + a[3][e] } else { 0.0 }
+                    })
+                    .collect();
+                let out = g.run(&args, &[R::F(vec![m, n])], linear);
+                g.close(&format!("linear of {:?}", (m, n, k, more)), &out[0], &want);
+            }
+        }
+    });
+}
+
 /// A number as 8 bits hold it: `mantissa` bits, exponents from `low`, magnitudes up to `most`.
 fn eight(x: f32, (mantissa, low, most): (i32, i32, f64)) -> f64 {
     let x = f64::from(x);

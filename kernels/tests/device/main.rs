@@ -6,6 +6,7 @@
 
 mod attention;
 mod causal_conv1d;
+mod draw;
 mod gated_delta;
 mod linear;
 mod linear_cross_entropy;
@@ -175,6 +176,13 @@ impl Gpu<'_> {
                 )),
             })
             .collect();
+        let written: Vec<usize> = results
+            .iter()
+            .filter_map(|r| match r {
+                R::Arg(i) => Some(*i),
+                R::F(_) | R::S(_) | R::I(_) => None,
+            })
+            .collect();
         let results: Vec<Tensor> = results
             .iter()
             .map(|r| match r {
@@ -184,9 +192,13 @@ impl Gpu<'_> {
                 R::Arg(i) => args[*i].clone().unwrap(),
             })
             .collect();
+        let fixed: Vec<bool> = (0..args.len())
+            .map(|i| !written.contains(&i))
+            .collect();
         let a = Args {
             args: &args,
             results: &results,
+            fixed: &fixed,
         };
         let mut sizing = Recorder::new(256).on(self.target);
         launch(&mut sizing, &a);

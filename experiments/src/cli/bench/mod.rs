@@ -4,8 +4,9 @@ mod ops;
 mod step;
 mod train;
 
-use super::CliError;
+use super::{CliError, human};
 use clap::{Subcommand, ValueEnum};
+use marimba_backend::{Engine, HostTensor, ProgramId};
 use marimba_dsl::run::Recompute;
 use marimba_ir::DType;
 
@@ -72,4 +73,37 @@ fn require(precision: PrecisionArg, backend: &str) -> Result<(), CliError> {
     Err(CliError::Other(format!(
         "the {backend} backend computes in f32 only; leave bf16 out"
     )))
+}
+
+/// Time by op over these programs, largest first, on stderr.
+pub(super) fn profile(
+    engine: &mut dyn Engine,
+    programs: &[(ProgramId, &[(&str, HostTensor)])],
+) -> Result<(), CliError> {
+    let mut rows = Vec::new();
+    for (program, inputs) in programs {
+        rows.extend(engine.profile(*program, inputs)?);
+    }
+    let total: f64 = rows.iter().map(|r| r.secs).sum();
+    let mut by_op: Vec<(String, f64, usize, f64)> = Vec::new();
+    for r in rows {
+        match by_op.iter_mut().find(|(op, ..)| *op == r.op) {
+            Some((_, secs, n, flops)) => {
+                *secs += r.secs;
+                *n += 1;
+                *flops += r.flops;
+            }
+            None => by_op.push((r.op.to_string(), r.secs, 1, r.flops)),
+        }
+    }
+    by_op.sort_by(|a, b| b.1.total_cmp(&a.1));
+    for (op, secs, n, flops) in by_op {
+        eprintln!(
+            "  {op:28} {:8.2} ms {:5.1}%  {n:4} nodes  {:>10}FLOP/s",
+            secs * 1e3,
+            100.0 * secs / total,
+            human(flops / secs)
+        );
+    }
+    Ok(())
 }

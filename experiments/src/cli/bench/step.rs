@@ -1,6 +1,6 @@
 //! `marimba bench step`: decoding steps through carried states.
 
-use super::{PrecisionArg, require};
+use super::{PrecisionArg, profile, require};
 use crate::bench::{ceilings, fill, runs_in};
 use crate::cli::{CliError, Sets, files, hf, human, human_bytes, print_json};
 use crate::engine;
@@ -40,12 +40,21 @@ pub(in crate::cli) struct BenchStepArgs {
     /// Slots of the caches, all but one taken
     #[arg(long, default_value_t = 1024)]
     cache: usize,
+    /// Tokens are drawn with this temperature; 0 takes the most likely
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f32,
+    /// Of the fewest tokens whose probabilities reach this sum
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f32,
     /// About how long is timed
     #[arg(long, default_value_t = 1.0, value_name = "SECONDS")]
     seconds: f64,
     /// Threads of the cpu backend [default: all cores]
     #[arg(long)]
     threads: Option<usize>,
+    /// Print where the time goes, by op
+    #[arg(long)]
+    profile: bool,
     /// Print as JSON on stdout
     #[arg(long)]
     json: bool,
@@ -61,7 +70,7 @@ struct BenchStep {
     batch: usize,
     cache: usize,
     params: usize,
-    /// Median of whole steps: inputs handed in, logits on the host.
+    /// Median of whole steps: inputs handed in, drawn tokens on the host.
     step_ms: f64,
     step_ms_min: f64,
     /// Median of the programs alone; on a GPU by its own clock.
@@ -105,7 +114,7 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<(), CliError> {
         &model,
         &Options {
             compute,
-            logits: Logits::Last,
+            logits: Logits::Drawn,
             ..Options::decode(batch, cache)
         },
     )?;
@@ -120,6 +129,14 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<(), CliError> {
         ("tokens".to_string(), HostTensor::I32(ids.collect())),
         ("pos".to_string(), HostTensor::I32(vec![last; batch])),
         ("slot".to_string(), HostTensor::I32(vec![last])),
+        (
+            "bits".to_string(),
+            HostTensor::I32(vec![1 << 30; 2 * batch]),
+        ),
+        (
+            "sampling".to_string(),
+            HostTensor::F32(vec![args.temperature, 0.0, args.top_p]),
+        ),
     ];
     let frequencies = rope::dynamic_inputs(&model, cache).into_iter();
     inputs.extend(frequencies.map(|(n, f)| (n, HostTensor::F32(f))));
@@ -142,6 +159,9 @@ pub(super) fn run(args: &BenchStepArgs) -> Result<(), CliError> {
     }
     let least = times.iter().copied().fold(f64::INFINITY, f64::min);
     let secs = median(times);
+    if args.profile {
+        profile(engine, &programs)?;
+    }
     engine.clear();
     let ceilings = before.max(ceilings(engine, compute)?);
     let flops = costs.model_flops();

@@ -1,6 +1,6 @@
 //! `marimba bench train`: training steps.
 
-use super::{PrecisionArg, recompute, require};
+use super::{PrecisionArg, profile, recompute, require};
 use crate::bench::ceilings;
 use crate::cli::{CliError, Sets, files, hf, human, human_bytes, print_json};
 use crate::data::rng::Rng;
@@ -8,9 +8,7 @@ use crate::engine;
 use crate::init;
 use crate::program::{self, Program, TrainOptions};
 use clap::Args;
-use marimba_backend::{
-    CUDA_PRODUCT_SCRATCH as PRODUCT_SCRATCH, Engine, HostTensor, ProgramId, cuda_bytes,
-};
+use marimba_backend::{CUDA_PRODUCT_SCRATCH as PRODUCT_SCRATCH, HostTensor, cuda_bytes};
 use marimba_dsl::Source;
 use marimba_dsl::run::AdamW;
 use marimba_ir::{DType, cost};
@@ -260,39 +258,6 @@ pub(super) fn run(args: &BenchTrainArgs) -> Result<(), CliError> {
             human_bytes(planned.scratch as u64),
             human_bytes(bytes as u64),
             100.0 * (bytes as f64 / planned.total() as f64 - 1.0)
-        );
-    }
-    Ok(())
-}
-
-/// Time by op over these programs, largest first, on stderr.
-fn profile(
-    engine: &mut dyn Engine,
-    programs: &[(ProgramId, &[(&str, HostTensor)])],
-) -> Result<(), CliError> {
-    let mut rows = Vec::new();
-    for (program, inputs) in programs {
-        rows.extend(engine.profile(*program, inputs)?);
-    }
-    let total: f64 = rows.iter().map(|r| r.secs).sum();
-    let mut by_op: Vec<(String, f64, usize, f64)> = Vec::new();
-    for r in rows {
-        match by_op.iter_mut().find(|(op, ..)| *op == r.op) {
-            Some((_, secs, n, flops)) => {
-                *secs += r.secs;
-                *n += 1;
-                *flops += r.flops;
-            }
-            None => by_op.push((r.op.to_string(), r.secs, 1, r.flops)),
-        }
-    }
-    by_op.sort_by(|a, b| b.1.total_cmp(&a.1));
-    for (op, secs, n, flops) in by_op {
-        eprintln!(
-            "  {op:28} {:8.2} ms {:5.1}%  {n:4} nodes  {:>10}FLOP/s",
-            secs * 1e3,
-            100.0 * secs / total,
-            human(flops / secs)
         );
     }
     Ok(())
