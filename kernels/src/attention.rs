@@ -240,7 +240,7 @@ pub fn attention(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>) 
 const STEP_BLOCKS: usize = 132 * 4;
 
 /// Most shares of one head's slots, and fewest slots of a share.
-const STEP_SHARES: usize = 64;
+const STEP_SHARES: usize = 32;
 const STEP_SLOTS: usize = 64;
 
 /// [`attention`] of one query a sequence: shares of the slots, and where there are several, their sum.

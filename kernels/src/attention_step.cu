@@ -2,7 +2,7 @@
 // that keys and values are read once for all heads of the group, and leaves its sums with the maximum under which they were taken; a second
 // kernel adds the shares in order. P: head width; ROWS: heads of a group that a block serves; WARPS (4) of them.
 #ifndef MOST
-#define MOST 64
+#define MOST 32
 #endif
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f

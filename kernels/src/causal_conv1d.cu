@@ -251,3 +251,20 @@ KERNEL conv_bwd(const TA0* x, const TA1* w, const TA2* bias, const int* pos, con
         p[(i64)I * K + c + v] = db[v];
     }
 }
+// One token a sequence, which also becomes the last of the state; a thread a channel.
+KERNEL conv_step(const TA0* x, const TA1* w, const TA2* bias, const int* pos, TA4* state, TR0* y, i64 n, int I, int act) {
+    early();
+    i64 e = global_thread();
+    if (e >= n) return;
+    int c = e % I, reach = pos ? pos[e / I] : K;
+    TA4* past = state + e / I * (K - 1) * I + c;
+    float now = ld(x, e), s = (bias ? ld(bias, c) : 0.f) + ld(w, (i64)c * K + K - 1) * now, h[K];
+#pragma unroll
+    for (int j = 1; j < K; j++) h[j] = ld(past, (i64)(K - 1 - j) * I);
+#pragma unroll
+    for (int j = 1; j < K; j++)
+        if (j <= reach) s += ld(w, (i64)c * K + K - 1 - j) * h[j];
+    st(y, e, act ? s * sigmoid_fast(s) : s);
+#pragma unroll
+    for (int j = 1; j < K; j++) st(past, (i64)(K - 1 - j) * I, j == 1 ? now : h[j - 1]);
+}

@@ -1,6 +1,6 @@
 //! Launches of the causal convolution; sums over tokens in two stages, in a fixed order.
 
-use crate::record::{Args, DType, Recorder, Tensor, aligned, define, int};
+use crate::record::{Args, DType, Recorder, Tensor, aligned, define, flag, int, long};
 use crate::reduce::sum_parts_of_two;
 
 /// Tokens that a thread walks over, forward and backward: at most, and at least where that leaves too few threads.
@@ -62,6 +62,9 @@ fn defines(a: &Args, channels: usize, silu: bool) -> Vec<(String, String)> {
 pub fn causal_conv1d(r: &mut Recorder, a: &Args, silu: bool) {
     let (x, state) = (a.arg(0), a.arg(4));
     let (t, i) = (x.size(1), x.size(2));
+    if t == 1 && state.is_present() && !state.is_empty() {
+        return step(r, a, silu);
+    }
     let s = shape((x.size(0), t, i), RUN, &[x, a.res(0)]);
     r.launch(
         ("causal_conv1d", "conv"),
@@ -91,6 +94,33 @@ pub fn causal_conv1d(r: &mut Recorder, a: &Args, silu: bool) {
         );
         r.early();
     }
+}
+
+/// [`causal_conv1d`] of one token a sequence with what came before in the state.
+fn step(r: &mut Recorder, a: &Args, silu: bool) {
+    let x = a.arg(0);
+    let mut defines = a.types();
+    defines.push(define("K", a.arg(1).size(1)));
+    let params = vec![
+        x.into(),
+        a.arg(1).into(),
+        a.arg(2).into(),
+        a.arg(3).into(),
+        a.res(1).into(),
+        a.res(0).into(),
+        long(x.len()),
+        int(x.size(2)),
+        flag(silu),
+    ];
+    let grid = [x.len().div_ceil(STATE_BLOCK), 1, 1];
+    r.launch(
+        ("causal_conv1d", "conv_step"),
+        defines,
+        grid,
+        STATE_BLOCK,
+        params,
+    );
+    r.early();
 }
 
 /// `dx`, `dw`, `db` (when b is present) of `x, w, b?, pos?, dy`.

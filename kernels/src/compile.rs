@@ -319,7 +319,10 @@ mod tests {
                 "WARPS=4 P=80 ROWS=8",
                 "WARPS=4 P=256 ROWS=16",
             ],
-            "linear_few" => &["TILES=1 COLUMNS=1 WARPS=16 DEPTH=2", "TILES=1 COLUMNS=1 WARPS=16 DEPTH=2 FIXED"],
+            "linear_few" => &[
+                "TILES=1 COLUMNS=1 WARPS=16 DEPTH=2",
+                "TILES=1 COLUMNS=2 WARPS=8 DEPTH=2 HOLD=3 BOTH=1 FIXED",
+            ],
             "moe" => &["", "WARPS WHOLE", "WARPS"],
             "linear_cross_entropy" => &["", "TL=bf16 TA0=bf16"],
             "fp8" => &["", "WHOLE", "E5M2", "E5M2 WHOLE"],

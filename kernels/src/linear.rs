@@ -153,7 +153,10 @@ pub fn linear(r: &mut Recorder, a: &Args) {
 }
 
 /// Most rows of x for which the weights are read by a kernel of our own.
-const FEW: usize = 8;
+const FEW: usize = 16;
+
+/// From so many columns of y on there are blocks enough for smaller ones, that hold more of x.
+const MANY: usize = 8192;
 
 /// Whether a product is little more than reading the weights, in types and at addresses that [`linear_few`] takes.
 fn is_few(a: &Args, (m, n, k): (usize, usize, usize)) -> bool {
@@ -172,13 +175,17 @@ fn linear_few(r: &mut Recorder, a: &Args, (m, n, k): (usize, usize, usize)) {
     let (x, w, b, add, y) = (a.arg(0), a.arg(1), a.arg(2), a.arg(3), a.res(0));
     let mut defines = a.types();
     defines.retain(|(name, _)| name == "TA2" || name == "TR0");
-    let (tiles, warps) = (1, 16);
+    let many = n >= MANY;
+    let (tiles, warps) = (1, if many { 8 } else { 16 });
     defines.extend([
         define("TILES", tiles),
         define("COLUMNS", m.div_ceil(8)),
         define("WARPS", warps),
         define("DEPTH", 2),
     ]);
+    if many {
+        defines.extend([define("HOLD", 3), define("BOTH", u8::from(m <= 8))]);
+    }
     if a.is_fixed(1) {
         defines.push(define("FIXED", 1));
     }

@@ -1,13 +1,17 @@
 //! Training on a GPU against training on the CPU: the same runs, the same losses. Without a GPU, or without its libraries, the tests say so
 //! and pass.
 
-use marimba_backend::{CudaEngine, Engine};
+use marimba_backend::{CudaEngine, Engine, HostTensor};
+use marimba_dsl::model::Model;
 use marimba_dsl::run::{Precision, Run};
 use marimba_dsl::{Source, Valid, parse_run};
 use marimba_experiments::data::{Worker, open};
 use marimba_experiments::engine;
+use marimba_experiments::generate::{Session, Settings, generate};
+use marimba_experiments::init;
 use marimba_experiments::program::{self, Program, TrainOptions};
 use marimba_experiments::train::Trainer;
+use marimba_ir::DType;
 
 /// Every mixer and every ffn in one model.
 const MODEL: &str = r#"(
@@ -254,4 +258,89 @@ fn projections_run_in_fp8() {
     };
     let Program { graph, .. } = program::training(&run.model, &plain, 16, 48).expect("a program");
     assert!(!graph.nodes.iter().any(|n| graph.in_fp8(n)));
+}
+
+/// The model's initial parameters on an engine.
+fn with_parameters(mut engine: Box<dyn Engine>, model: &Model, compute: DType) -> Box<dyn Engine> {
+    let params = marimba_ir::lower::params_in(model, compute).unwrap_or_else(|e| panic!("{e}"));
+    for p in params {
+        let data = HostTensor::F32(init::init(&p, 7));
+        let ty = p.ty.with_dtype(p.compute);
+        engine
+            .write(&format!("param:{}", p.name), &ty, &data)
+            .unwrap_or_else(|e| panic!("{e}"));
+    }
+    engine
+}
+
+/// Prompts of different lengths, greedily and by temperature: the same tokens.
+#[test]
+fn the_gpu_draws_what_the_cpu_draws() {
+    let run = run("F32");
+    let Ok(gpu) = CudaEngine::new() else {
+        return;
+    };
+    let cpu = engine::open(marimba_dsl::run::Backend::Cpu, 4).expect("a cpu");
+    let mut gpu = with_parameters(Box::new(gpu), &run.model, DType::F32);
+    let mut cpu = with_parameters(cpu, &run.model, DType::F32);
+    let prompts = [vec![3], vec![5, 7, 11, 13, 17], vec![60; 9]];
+    let of = |temperature, top_k, top_p| Settings {
+        max_new_tokens: 24,
+        temperature,
+        top_k,
+        top_p,
+        seed: 3,
+        ..Settings::default()
+    };
+    for settings in [
+        of(0.0, 0, 1.0),
+        of(1.0, 0, 1.0),
+        of(0.8, 5, 1.0),
+        of(1.2, 0, 0.9),
+    ] {
+        let mut said = |engine: &mut dyn Engine| {
+            let said = generate(engine, &run.model, &prompts, &settings, &mut |_, _| {});
+            engine.clear();
+            said.unwrap_or_else(|e| panic!("{e}"))
+        };
+        let (mine, right) = (said(gpu.as_mut()), said(cpu.as_mut()));
+        assert_eq!(mine, right, "{settings:?}");
+        assert!(mine.iter().all(|row| row.len() == 24));
+        gpu = with_parameters(gpu, &run.model, DType::F32);
+        cpu = with_parameters(cpu, &run.model, DType::F32);
+    }
+}
+
+/// Steps through carried states give the logits of one prefill, with the kernels of a step and those of many tokens. In bf16 without experts,
+/// which a last bit may choose otherwise.
+#[test]
+fn steps_on_the_gpu_say_what_a_prefill_says() {
+    for (precision, compute, most) in [("F32", DType::F32, 1e-4), ("Bf16", DType::Bf16, 5e-2)] {
+        let dense = MODEL
+            .replace(r#", "moe": Moe(n_experts: 4, top_k: 2, d_ff: 32)"#, "")
+            .replace(r#""moe""#, r#""mlp""#);
+        let model = if compute == DType::F32 { MODEL } else { &dense };
+        let run = of(model, precision, false);
+        let Ok(gpu) = CudaEngine::new() else {
+            return;
+        };
+        let mut gpu = with_parameters(Box::new(gpu), &run.model, compute);
+        let rows: Vec<Vec<i32>> = (0..3)
+            .map(|r| (0..40).map(|t| (7 * r + 5 * t + r * t) % 64).collect())
+            .collect();
+        let part = |n: usize| rows.iter().map(|r| r[..n].to_vec()).collect::<Vec<_>>();
+        let mut whole = Session::new(gpu.as_mut(), &run.model, 3, 40).computing_in(compute);
+        let want = whole.prefill(&part(40)).unwrap_or_else(|e| panic!("{e}"));
+        let mut steps = Session::new(gpu.as_mut(), &run.model, 3, 40).computing_in(compute);
+        let mut got = steps.prefill(&part(2)).unwrap_or_else(|e| panic!("{e}"));
+        for t in 2..40 {
+            let next: Vec<i32> = rows.iter().map(|r| r[t]).collect();
+            got = steps.step(&next).unwrap_or_else(|e| panic!("{e}"));
+        }
+        let norm =
+            |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x * x)).sum::<f64>().sqrt();
+        let off =
+            norm(&mut got.iter().zip(&want).map(|(a, b)| a - b)) / norm(&mut want.iter().copied());
+        assert!(off < most, "{precision}: {off:.1e} apart");
+    }
 }

@@ -73,27 +73,32 @@ mod tests {
     use marimba_ir::op::Draw;
     use marimba_ir::{Type, dims};
 
-    fn draw(logits: &[f32], settings: [f32; 3], bits: u64) -> i32 {
+    fn draws(logits: &[f32], settings: [f32; 3], bits: &[u64]) -> Vec<i32> {
+        let words = bits.iter().flat_map(|b| [*b as i32, (b >> 32) as i32]);
+        let words: Vec<i32> = words.collect();
         let out = run(
             Draw,
             &[
-                f(Type::f32(dims![B 1, V logits.len()]), logits),
-                f(Type::f32(dims![X 3]), &settings),
-                i(
-                    Type::i32(dims![B 1, X 2]),
-                    &[bits as u32 as i32, (bits >> 32) as i32],
+                f(
+                    Type::f32(dims![B bits.len(), V logits.len()]),
+                    &logits.repeat(bits.len()),
                 ),
+                f(Type::f32(dims![X 3]), &settings),
+                i(Type::i32(dims![B bits.len(), X 2]), &words),
             ],
         );
-        ints(&out[0])[0]
+        ints(&out[0]).to_vec()
+    }
+
+    fn draw(logits: &[f32], settings: [f32; 3], bits: u64) -> i32 {
+        draws(logits, settings, &[bits])[0]
     }
 
     /// Tokens of 1000 draws at even distances.
     fn spread(logits: &[f32], settings: [f32; 3]) -> Vec<i32> {
         let step = u64::MAX / 1000;
-        (0..1000)
-            .map(|n| draw(logits, settings, step / 2 + n * step))
-            .collect()
+        let bits: Vec<u64> = (0..1000).map(|n| step / 2 + n * step).collect();
+        draws(logits, settings, &bits)
     }
 
     #[test]

@@ -76,6 +76,9 @@ fn linear_of_few_rows() {
             (3, 33, 72),
             (8, 200, 1000),
             (5, 16, 7168),
+            (11, 50, 3000),
+            (2, 8200, 264),
+            (16, 8209, 264),
         ] {
             for more in [false, true] {
                 let (bias, add) = match more {

@@ -192,9 +192,7 @@ impl Gpu<'_> {
                 R::Arg(i) => args[*i].clone().unwrap(),
             })
             .collect();
-        let fixed: Vec<bool> = (0..args.len())
-            .map(|i| !written.contains(&i))
-            .collect();
+        let fixed: Vec<bool> = (0..args.len()).map(|i| !written.contains(&i)).collect();
         let a = Args {
             args: &args,
             results: &results,
