@@ -298,7 +298,7 @@ fn the_gpu_draws_what_the_cpu_draws() {
         of(0.8, 5, 1.0),
         of(1.2, 0, 0.9),
     ] {
-        let mut said = |engine: &mut dyn Engine| {
+        let said = |engine: &mut dyn Engine| {
             let said = generate(engine, &run.model, &prompts, &settings, &mut |_, _| {});
             engine.clear();
             said.unwrap_or_else(|e| panic!("{e}"))

@@ -44,7 +44,7 @@ pub(super) fn draw<E: Dtype, D: Device<E>>(a: &Args<E, D>) -> Res<Vec<Value<E, D
             }
         }
         let word = |i: usize| u128::from(bits[i] as u32);
-        let at = ((word(1) << 32) + word(0)) * kept >> 64;
+        let at = (((word(1) << 32) + word(0)) * kept) >> 64;
         let mut sum = 0;
         let mut token = order[0].0;
         for ((i, _), w) in order.iter().zip(&weights) {
