@@ -415,11 +415,7 @@ fn record_one(
         };
         held && !written.contains(&root)
     };
-    let fixed: Vec<bool> = node
-        .args
-        .iter()
-        .map(|a| a.is_some_and(is_fixed))
-        .collect();
+    let fixed: Vec<bool> = node.args.iter().map(|a| a.is_some_and(is_fixed)).collect();
     exec::record(
         &node.op,
         g.in_fp8(node),
