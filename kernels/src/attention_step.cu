@@ -83,7 +83,7 @@ __device__ __forceinline__ void mma_rows(float* c, u32 a0, u32 a1, u32 a2, u32 a
         c[0] = d[0], c[1] = d[1];
     }
 }
-extern "C" __global__ void __launch_bounds__(32 * WARPS) attn_step_warps(const bf16* q, const bf16* k, const bf16* v, const int* pos, const int* slot, bf16* out, float* lse, float* part, int S, int H, int G, float scale, int window) {
+extern "C" __global__ void __launch_bounds__(32 * WARPS) attn_step_warps(const bf16* q, const bf16* k, const bf16* v, const int* pos, const int* slot, TR0* out, float* lse, float* part, int S, int H, int G, float scale, int window) {
     early();
     constexpr int HALVES = ROWS / 8, C = 2 * HALVES;
     const uint4 none = make_uint4(0, 0, 0, 0);
