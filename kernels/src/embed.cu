@@ -4,6 +4,7 @@ KERNEL embed(const int* tokens, const TA1* table, TR0* y, i64 n, int D) {
 }
 // Rows of W vectors of 8, n of them in all; all addresses are of 16 bytes.
 KERNEL embed8(const int* tokens, const TA1* table, TR0* y, i64 n, int W) {
+    early();
     for (i64 e = global_thread(); e < n; e += all_threads()) {
         i64 row = n < 0x7fffffff ? (int)e / W : e / W;
         float v[8];

@@ -1,7 +1,7 @@
 //! Training on a GPU against training on the CPU: the same runs, the same losses. Without a GPU, or without its libraries, the tests say so
 //! and pass.
 
-use marimba_backend::{CudaEngine, Engine, HostTensor};
+use marimba_backend::{CudaEngine, Engine, HostTensor, cuda_bytes};
 use marimba_dsl::model::Model;
 use marimba_dsl::run::{Precision, Run};
 use marimba_dsl::{Source, Valid, parse_run};
@@ -12,6 +12,7 @@ use marimba_experiments::init;
 use marimba_experiments::program::{self, Program, TrainOptions};
 use marimba_experiments::train::Trainer;
 use marimba_ir::DType;
+use marimba_ir::lower::Options;
 
 /// Every mixer and every ffn in one model.
 const MODEL: &str = r#"(
@@ -342,5 +343,36 @@ fn steps_on_the_gpu_say_what_a_prefill_says() {
         let off =
             norm(&mut got.iter().zip(&want).map(|(a, b)| a - b)) / norm(&mut want.iter().copied());
         assert!(off < most, "{precision}: {off:.1e} apart");
+    }
+}
+
+/// Every program of a model with every mixer and ffn becomes launches without a device, as `show` counts their memory; a launch that may begin
+/// early whose kernel does not wait for those before it would stop a debug build here.
+#[test]
+fn programs_are_recorded_without_a_device() {
+    for (model, precision) in [
+        (MODEL, "F32"),
+        (MODEL, "Bf16"),
+        (WIDE, "Bf16"),
+        (WIDE, "Bf16Fp8"),
+    ] {
+        let run = of(model, precision, false);
+        let options = TrainOptions::of(&run);
+        let compute = program::compute(run.precision);
+        let mut programs =
+            vec![program::training(&run.model, &options, 16, 48).expect("a program")];
+        for lowered in [
+            Options::decode(1, 48),
+            Options::decode(3, 48),
+            Options::decode(64, 48),
+            Options::prefill(2, 17, 48),
+        ] {
+            let p = program::lowered(&run.model, &Options { compute, ..lowered });
+            programs.push(p.expect("a program"));
+        }
+        for p in &programs {
+            let bytes = cuda_bytes([(&p.graph, &p.plan)]);
+            assert!(bytes.total() > bytes.arena, "{precision}");
+        }
     }
 }
