@@ -136,6 +136,10 @@ pub(super) fn run(args: &BenchOpsArgs) -> Result<(), CliError> {
                 continue;
             }
         };
+        // Said at once: what was measured outlives an interruption.
+        for row in &measured {
+            eprintln!("  {:24} {:.4} ms", row.what, row.secs * 1e3);
+        }
         if let (Some(reference), Some(case), Some(row)) =
             (&mut reference, plain.get(i), measured.first_mut())
         {
