@@ -42,7 +42,7 @@ pub enum Logits {
     None,
     /// Of the last token of each row, `f32[B 1 V]`.
     Last,
-    /// A token drawn from those of the last token of each row, `token i32[B 1]` ([`Draw`](crate::op::Draw)).
+    /// A token drawn from those of the last token of each row, `token i32[B 1]` ([`Draw`]).
     Drawn,
     /// Of all tokens, `f32[B T V]`.
     All,
