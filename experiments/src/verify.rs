@@ -363,7 +363,8 @@ pub fn verify_in(
             let text = std::fs::read_to_string(expected.with_file_name(&name)).map_err(|e| {
                 complain(format!(
                     "{name} beside it, which says how far transformers in {compute} is from its f32: {e}; make_fixtures.py --{compute} \
-                     writes it"
+                     --folder {} writes it",
+                    expected.parent().unwrap_or(Path::new(".")).display()
                 ))
             })?;
             let peer: Peer = serde_json::from_str(&text)

@@ -496,7 +496,7 @@ macro_rules! sources {
 
 sources![
     "adamw",
-    "attention",
+    "attention": "warps" "hopper",
     "attention_step",
     "cache_write",
     "cast",
@@ -505,7 +505,7 @@ sources![
     "draw",
     "embed",
     "fp8",
-    "gated_delta",
+    "gated_delta": "tiles" "walks" "grads",
     "linear",
     "linear_few",
     "linear_cross_entropy",

@@ -140,6 +140,13 @@ pub const PIPELINE: &[Pass] = &[
     },
 ];
 
+/// The graph as the passes after this one make it.
+fn as_finished(g: &Graph, after: &str, config: &Config) -> Result<Graph, PassError> {
+    let rest = PIPELINE.iter().skip_while(|p| p.name != after).skip(1);
+    rest.into_iter()
+        .try_fold(g.clone(), |g, pass| (pass.run)(&g, config))
+}
+
 /// Runs the pipeline; verifies the graph before and after every pass.
 ///
 /// # Errors

@@ -48,7 +48,7 @@ pub fn recompute(g: &Graph, config: &Config) -> Result<Graph, PassError> {
     let steps = Steps::of(g);
     let attempt = |k: usize| -> Result<(Graph, usize), PassError> {
         let graph = steps.take(g, k);
-        let bytes = plan(&super::gather(&super::schedule(&graph, config)?, config)?).arena_bytes;
+        let bytes = plan(&super::as_finished(&graph, "recompute", config)?).arena_bytes;
         Ok((graph, bytes))
     };
     let (mut low, mut high) = (0, steps.len());
