@@ -1,7 +1,7 @@
 //! Initial parameters. Each parameter draws from its own stream, keyed by the run's seed and its name, so that neither the order of
 //! parameters nor the backend changes them.
 
-use crate::data::rng::Rng;
+use crate::data::rng::{self, Rng};
 use marimba_ir::{Param, ParamInit};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +10,7 @@ use std::sync::mpsc;
 /// Draws the parameter of a run with this seed.
 pub fn init(param: &Param, seed: u64) -> Vec<f32> {
     let n = param.ty.len();
-    let mut rng = Rng::new(&[seed, stream(&param.name)]);
+    let mut rng = Rng::new(&[seed, rng::name(&param.name)]);
     let mut draw =
         |f: &mut dyn FnMut(&mut Rng) -> f64| (0..n).map(|_| f(&mut rng) as f32).collect();
     match param.init {
@@ -95,13 +95,6 @@ pub fn init_all<E>(
 fn normal(rng: &mut Rng) -> f64 {
     let u = 1.0 - rng.unit();
     (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * rng.unit()).cos()
-}
-
-/// FNV-1a of the name.
-fn stream(name: &str) -> u64 {
-    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| {
-        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
-    })
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 
 use crate::checkpoint::hf::{self, Opened, Quirk};
 use crate::checkpoint::{CheckpointError, Source};
+use crate::data::rng;
 use crate::generate::{GenerateError, Session, argmax, input_names};
 use marimba_backend::{BackendError, Engine, HostTensor, Outputs};
 use marimba_dsl::model::Model;
@@ -42,7 +43,8 @@ impl Limits {
 
 /// In a narrow type: how many times as far from transformers' f32 as transformers' own run in that type, root mean square over
 /// roundings of the weights, a quantity may be. An implementation that rounds as much as transformers does has a ratio of 1; what is left
-/// is for two samples of such a mean, of numbers that single tokens sent to another expert dominate.
+/// is for two samples of such a mean (of the same weights, of other roundings of activations), of numbers that single tokens sent to another
+/// expert dominate.
 pub const NARROW_RATIO: f64 = 2.0;
 
 /// Share of generated ids that may differ in a narrow type, where nearly equal logits may change places.
@@ -457,22 +459,30 @@ struct Cx<'a> {
 }
 
 /// Gives the engine the weights. In a narrow type all of them are what a checkpoint in that type holds: rounded to nearest, and in later
-/// roundings up or down at random, each as likely as it is near.
+/// roundings up or down at random, each as likely as it is near. The random bits are a function of the rounding and of tensor and place in the
+/// checkpoint, the same in `make_fixtures.py`: what is left between the two are roundings of activations and gradients.
 fn upload(cx: &Cx, rounding: u64, engine: &mut dyn Engine) -> Result<(), VerifyError> {
     for (i, p) in cx.opened.params.iter().enumerate() {
-        let mut x = cx.opened.param(i)?;
-        if !cx.judge.each() && p.trainable {
-            let mut noise = SplitMix(rounding << 32 | i as u64);
-            for x in &mut x {
-                *x = match rounding {
-                    0 => round_bf16(*x, 0x7fff + (x.to_bits() >> 16 & 1)),
-                    _ => round_bf16(*x, (noise.next() >> 48) as u32),
-                };
+        let narrow = !cx.judge.each() && p.trainable;
+        let x = cx.opened.changed_param(i, &mut |name, before, x| {
+            if narrow {
+                round_piece(rounding, name, before as u64, x);
             }
-        }
+        })?;
         engine.write(&format!("param:{}", p.name), &p.ty, &HostTensor::F32(x))?;
     }
     Ok(())
+}
+
+/// Rounds elements of the checkpoint's tensor `name` that come after `before` others to bf16.
+fn round_piece(rounding: u64, name: &str, before: u64, x: &mut [f32]) {
+    let key = rng::key(&[rounding, rng::name(name)]);
+    for (j, x) in (before..).zip(x) {
+        *x = match rounding {
+            0 => round_bf16(*x, 0x7fff + (x.to_bits() >> 16 & 1)),
+            _ => round_bf16(*x, (rng::at(key, j) >> 48) as u32),
+        };
+    }
 }
 
 /// Rounds to bf16, upwards where what is cut off and `add` carry; numbers that are not finite stay.
@@ -480,19 +490,6 @@ fn round_bf16(x: f32, add: u32) -> f32 {
     match x.is_finite() {
         true => f32::from_bits(x.to_bits().wrapping_add(add) & 0xffff_0000),
         false => x,
-    }
-}
-
-/// Random bits: SplitMix64 (Steele, Lea and Flood 2014).
-struct SplitMix(u64);
-
-impl SplitMix {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ z >> 31
     }
 }
 
@@ -767,17 +764,33 @@ mod tests {
     }
 
     #[test]
+    fn roundings_are_those_of_the_fixtures_generator() {
+        // `rounded` of make_fixtures.py.
+        let x = [1.001f32, -2.34567, 0.0031415, -1e-30, 7.7e8, 0.3333333];
+        let name = "model.layers.0.mamba.in_proj.weight";
+        for (rounding, bits) in [
+            (0, [0x3f80, 0xc016, 0x3b4e, 0x8da2, 0x4e38, 0x3eab]),
+            (1, [0x3f80, 0xc016, 0x3b4e, 0x8da3, 0x4e37, 0x3eaa]),
+            (11, [0x3f80, 0xc016, 0x3b4e, 0x8da2, 0x4e37, 0x3eab]),
+        ] {
+            let mut whole = x;
+            round_piece(rounding, name, 0, &mut whole);
+            assert_eq!(whole.map(|y| y.to_bits() >> 16), bits);
+            let mut end = [x[3], x[4], x[5]];
+            round_piece(rounding, name, 3, &mut end);
+            assert_eq!(end[..], whole[3..]);
+        }
+    }
+
+    #[test]
     fn roundings_keep_means() {
         // A quarter of the way between two neighbours in bf16.
         let (below, step) = (1.0f32, 1.0f32 / 128.0);
         let x = below + step / 4.0;
-        let mut noise = SplitMix(7);
-        let mut up = 0;
-        for _ in 0..4000 {
-            let y = round_bf16(-x, (noise.next() >> 48) as u32);
-            assert!(y == -below || y == -below - step, "{y}");
-            up += usize::from(y != -below);
-        }
+        let mut many = [-x; 4000];
+        round_piece(7, "w", 0, &mut many);
+        let up = many.iter().filter(|y| **y != -below).count();
+        assert!(many.iter().all(|y| [-below, -below - step].contains(y)));
         assert!((900..1100).contains(&up), "{up} of 4000");
         assert!(round_bf16(f32::NAN, 0xffff).is_nan());
         assert_eq!(round_bf16(f32::INFINITY, 0xffff), f32::INFINITY);

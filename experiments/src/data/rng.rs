@@ -21,6 +21,19 @@ pub fn key(parts: &[u64]) -> u64 {
     h
 }
 
+/// FNV-1a of a name, as a part of a key.
+pub fn name(name: &str) -> u64 {
+    name.bytes().fold(0xcbf2_9ce4_8422_2325, |h, b| {
+        (h ^ u64::from(b)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+/// Number `i` of the numbers that belong to `key`, each found alone (SplitMix64).
+#[inline]
+pub fn at(key: u64, i: u64) -> u64 {
+    mix(key.wrapping_add((i + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+}
+
 /// A stream of random numbers.
 #[derive(Clone, Debug)]
 pub struct Rng([u64; 4]);
@@ -30,8 +43,7 @@ impl Rng {
     #[inline]
     pub fn new(parts: &[u64]) -> Self {
         let k = key(parts);
-        let s = |i: u64| mix(k.wrapping_add(i.wrapping_mul(0x9e37_79b9_7f4a_7c15)));
-        Self([s(1), s(2), s(3), s(4)])
+        Self([0, 1, 2, 3].map(|i| at(k, i)))
     }
 
     /// 64 uniform bits.

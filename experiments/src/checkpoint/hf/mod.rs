@@ -424,8 +424,8 @@ fn check_tokenizer(dir: &Path, vocab_size: usize) -> Result<(), CheckpointError>
     }
 }
 
-/// Takes the bytes of a piece of a tensor.
-type Take<'a> = dyn FnMut(Dtype, &[u8]) -> Result<(), CheckpointError> + 'a;
+/// Takes a piece of a stored tensor: its bytes, of which tensor, and how many elements of it come before.
+type Take<'a> = dyn FnMut(Dtype, &[u8], &str, usize) -> Result<(), CheckpointError> + 'a;
 
 impl Opened {
     /// Parameter `i` as f32.
@@ -433,9 +433,20 @@ impl Opened {
     /// # Errors
     /// [`CheckpointError`] when a tensor cannot be mapped.
     pub fn param(&self, i: usize) -> Result<Vec<f32>, CheckpointError> {
+        self.changed_param(i, &mut |_, _, _| ())
+    }
+
+    /// The same after `change` of every piece of a stored tensor: the tensor's name, how many of its elements come before the piece, the piece.
+    pub(crate) fn changed_param(
+        &self,
+        i: usize,
+        change: &mut dyn FnMut(&str, usize, &mut [f32]),
+    ) -> Result<Vec<f32>, CheckpointError> {
         let mut out = Vec::with_capacity(self.params[i].ty.len());
-        self.pieces(i, &mut |dtype, bytes| {
+        self.pieces(i, &mut |dtype, bytes, name, before| {
+            let start = out.len();
             out.extend(safetensors::widen(dtype, bytes));
+            change(name, before, &mut out[start..]);
             Ok(())
         })?;
         Ok(out)
@@ -459,6 +470,8 @@ impl Opened {
             f(
                 tensor.spec.dtype,
                 &tensor.bytes()[o.at * row..(o.at + o.n) * row],
+                &self.table.foreign[o.foreign].name,
+                o.at * width,
             )?;
             mapped = Some((o.foreign, tensor));
         }
@@ -543,7 +556,7 @@ pub fn import(dir: &Path, out: &Path) -> Result<Report, CheckpointError> {
         SHARD_BYTES,
         &mut |i, sink| {
             let mut strange = false;
-            opened.pieces(i, &mut |dtype, bytes| {
+            opened.pieces(i, &mut |dtype, bytes, _, _| {
                 strange |= !safetensors::all_finite(dtype, bytes);
                 if dtype == specs[i].dtype {
                     sink.put(bytes)
