@@ -269,7 +269,7 @@ impl Report {
         for q in &self.quantities {
             let verdict = if q.pass { "ok" } else { "FAIL" };
             out.push_str(&format!(
-                "{:<16} {:>10.2e} {:>10.0e} {verdict:>5} {}\n",
+                "{:<16} {:>10.2e} {:>10.2e} {verdict:>5} {}\n",
                 q.name, q.worst, q.limit, q.place
             ));
         }

@@ -32,7 +32,7 @@ fn run(precision: &str) -> Valid<Run> {
 fn of(model: &str, precision: &str, deterministic: bool) -> Valid<Run> {
     let text = format!(
         "( name: \"t\", model: {model}, data: Mqar(vocab_size: 64, n_pairs: 4), steps: 200, batch: 16, seq_len: 48, accumulate: 2, \
-         optimizer: (lr: 3e-3), schedule: (warmup: Linear(20)), precision: {precision}, \
+         optimizer: (lr: 1e-3), schedule: (warmup: Linear(20)), precision: {precision}, \
          deterministic: {deterministic} )"
     );
     parse_run(&Source::new("t.ron", text), &[]).unwrap_or_else(|r| panic!("{r}"))
@@ -88,9 +88,9 @@ fn apart(a: &[f64], b: &[f64]) -> f64 {
     each.fold(0.0, f64::max)
 }
 
-/// Two orders of summation differ in the last bits of f32, and training this model enlarges that: on the cpu alone, a learning rate changed by
-/// one part in 10^7 leaves 40 losses as they are, and then parts single ones by up to 3.4e-2 and means of 20 by up to 6.6e-3. So the first 30
-/// losses must agree, and after them what is learned.
+/// Two orders of summation differ in the last bits of f32, and training enlarges that: on the cpu alone, a learning rate changed by one part in
+/// 10^7 parts the first 60 losses by at most 1e-6, single ones by up to 1.6e-3 and means of 20 by up to 2e-4 (at three times this rate, by up to
+/// 3.9e-2 and 6.1e-3). The bands are ten times that.
 #[test]
 fn two_hundred_steps_walk_as_on_the_cpu() {
     let run = run("F32");
@@ -98,19 +98,20 @@ fn two_hundred_steps_walk_as_on_the_cpu() {
         return;
     };
     let cpu = on_the_cpu(&run, 200);
-    let (start, windows) = (apart(&gpu[..30], &cpu[..30]), apart_in_means(&gpu, &cpu));
+    let (start, each) = (apart(&gpu[..60], &cpu[..60]), apart(&gpu, &cpu));
+    let windows = apart_in_means(&gpu, &cpu);
     eprintln!(
-        "first 30 steps {start:.1e} apart, means of 20 steps {windows:.4?}; losses {} to {}",
+        "first 60 steps {start:.1e} apart, all {each:.1e}, means of 20 steps {windows:.4?}; losses {} to {}",
         cpu[0], cpu[199]
     );
     assert!(
-        start < 1e-6,
+        start < 1e-5,
         "{:?} on cuda, {:?} on cpu",
-        &gpu[..30],
-        &cpu[..30]
+        &gpu[..60],
+        &cpu[..60]
     );
     assert!(
-        windows.iter().all(|d| *d < 1e-2),
+        each < 2e-2 && windows.iter().all(|d| *d < 2e-3),
         "{gpu:?} on cuda, {cpu:?} on cpu"
     );
     assert!(cpu[199] < 0.9 * cpu[0], "nothing was learned: {cpu:?}");
