@@ -209,8 +209,135 @@ fn bad_configurations_are_refused_by_name() {
     ] {
         assert!(e.contains(part), "{e}");
     }
+    // As in transformers, an index beyond the layers says nothing; the tensors of that layer do.
     let e = broken(|c| drop(c.insert("num_hidden_layers".into(), 5.into())));
-    assert!(e.contains("attn_layer_indices names layer 5"), "{e}");
+    assert!(
+        e.contains("model.layers.5.self_attn.q_proj.weight: extra"),
+        "{e}"
+    );
+}
+
+/// The model of a stored case whose configuration was edited.
+fn edited(case: &str, edits: serde_json::Value) -> marimba_dsl::model::Model {
+    let text = std::fs::read_to_string(fixture(case).join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    for (k, v) in edits.as_object().unwrap() {
+        config[k] = v.clone();
+    }
+    let tmp = tempfile::tempdir().unwrap();
+    std::fs::write(tmp.path().join("config.json"), config.to_string()).unwrap();
+    hf::read_model(tmp.path()).unwrap().1.into_inner()
+}
+
+fn attention_of(model: &marimba_dsl::model::Model) -> marimba_dsl::model::Attention {
+    use marimba_dsl::model::Mixer;
+    let mut mixers = model.layers.iter().filter_map(|l| l.mixer.as_ref());
+    let found = mixers.find_map(|s| match &s.body {
+        Mixer::Attention(a) => Some(a.clone()),
+        Mixer::Parallel(branches) => branches.iter().find_map(|b| match &b.mixer {
+            Mixer::Attention(a) => Some(a.clone()),
+            _ => None,
+        }),
+        _ => None,
+    });
+    found.unwrap()
+}
+
+#[test]
+fn keys_that_a_class_does_not_declare_count_where_transformers_asks_for_them() {
+    let wide = serde_json::json!({ "head_dim": 24 });
+    for case in ["bamba-a", "jamba-a", "granitemoehybrid-a", "falcon_h1-a"] {
+        let model = edited(case, wide.clone());
+        assert_eq!(attention_of(&model).head_dim, 24, "{case}");
+    }
+    // These rotate whole heads whatever is said; that half of them is was once believed, without an error.
+    let half = serde_json::json!({ "rope_parameters": { "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5 } });
+    for (case, dims) in [
+        ("llama-a", 8),
+        ("mixtral-a", 8),
+        ("falcon_h1-a", 8),
+        ("bamba-a", 4),
+        ("phi3-a", 4),
+    ] {
+        let rope = attention_of(&edited(case, half.clone())).rope.unwrap();
+        assert_eq!(rope.dims, dims, "{case}");
+    }
+}
+
+#[test]
+fn keys_that_transformers_ignores_are_ignored() {
+    for (case, edits) in [
+        (
+            "llama-a",
+            serde_json::json!({ "attn_logit_softcapping": 30.0, "use_sliding_window": true }),
+        ),
+        (
+            "jamba-a",
+            serde_json::json!({ "sliding_window": 8, "mamba_inner_layernorms": false }),
+        ),
+        (
+            "mamba2-a",
+            serde_json::json!({ "rms_norm": false, "time_step_min": 0.5 }),
+        ),
+        (
+            "nemotron_h-a",
+            serde_json::json!({ "num_hidden_layers": 3, "sliding_window": 8, "hybrid_override_pattern": "M" }),
+        ),
+    ] {
+        let (changed, right) = (edited(case, edits), edited(case, serde_json::json!({})));
+        assert!(hf::same(&changed, &right), "{case}");
+    }
+}
+
+#[test]
+fn a_stored_head_counts_before_the_word_that_ties_it() {
+    let tmp = tempfile::tempdir().unwrap();
+    let case = fixture("llama-a");
+    let text = std::fs::read_to_string(case.join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    config["tie_word_embeddings"] = true.into();
+    std::fs::copy(
+        case.join("model.safetensors"),
+        tmp.path().join("model.safetensors"),
+    )
+    .unwrap();
+    std::fs::write(tmp.path().join("config.json"), config.to_string()).unwrap();
+    let (_, said, _, _) = hf::read_model(tmp.path()).unwrap();
+    assert!(said.head.tied);
+    let opened = hf::open(tmp.path()).unwrap();
+    assert!(!opened.model.head.tied);
+    // The export says so.
+    let (ckpt, out) = (tmp.path().join("ckpt"), tmp.path().join("out"));
+    hf::import(tmp.path(), &ckpt).unwrap();
+    hf::export(&ckpt, &out, &ExportOptions::default()).unwrap();
+    assert!(!hf::open(&out).unwrap().model.head.tied);
+    let text = std::fs::read_to_string(out.join("config.json")).unwrap();
+    assert!(text.contains("\"tie_word_embeddings\": false"), "{text}");
+}
+
+#[test]
+fn an_export_is_what_transformers_makes_of_it() {
+    // Half-rotated heads are no words of Llama's, though its configuration would carry them.
+    let mut model = edited("llama-a", serde_json::json!({}));
+    for s in model.layers.iter_mut().filter_map(|l| l.mixer.as_mut()) {
+        if let marimba_dsl::model::Mixer::Attention(a) = &mut s.body {
+            a.rope.as_mut().unwrap().dims = 4;
+        }
+    }
+    let why = |family: &str| hf::written(hf::family(family).unwrap(), &model);
+    assert!(why("llama").unwrap_err().contains("layer 0"));
+    why("phi3").unwrap();
+    // transformers would divide the weights again.
+    for case in ["mamba-a", "mamba2-a", "falcon_mamba-a"] {
+        let mut model = edited(case, serde_json::json!({}));
+        model.init.scale_output = true;
+        let opened = hf::open(&fixture(case)).unwrap();
+        let text = hf::written(opened.family, &model).unwrap();
+        assert!(
+            text.contains("\"rescale_prenorm_residual\": false"),
+            "{case}"
+        );
+    }
 }
 
 #[test]

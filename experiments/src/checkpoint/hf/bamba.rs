@@ -18,38 +18,24 @@ pub(super) const FAMILY: Family = Family {
 
 fn read(c: &Config) -> Model {
     let (n, d) = (c.count("num_hidden_layers"), c.count("hidden_size"));
-    let norm = norm(c.float_or("rms_norm_eps", 1e-5));
+    let norm = norm(c.float("rms_norm_eps"));
     let at = c.counts("attn_layer_indices");
-    if let Some(i) = at.iter().find(|i| **i >= n) {
-        c.problem(format!(
-            "attn_layer_indices names layer {i}, but num_hidden_layers is {n}"
-        ));
-    }
     // Half of each head is rotated whatever stands beside the RoPE parameters.
     let defaults = RopeDefaults {
-        fraction: 0.5,
+        fraction: Some(0.5),
         top_level_fraction: false,
         ..RopeDefaults::default()
     };
-    let head = c.divide(
-        "hidden_size",
-        d,
-        "num_attention_heads",
-        c.count("num_attention_heads"),
-    );
+    let head = head_dim(c);
     let attention = attention(
         c,
         head,
         Some(c.rope(head, &defaults)),
-        c.flag_or("attention_bias", false),
+        c.flag("attention_bias"),
     );
-    let inner = (c.float_or("mamba_expand", 2.0) * d as f64) as usize;
+    let inner = (c.float("mamba_expand") * d as f64) as usize;
     let mamba = mamba2(c, inner, GatedNorm::GateThenNorm { eps: norm.eps });
-    let mlp = glu(
-        c,
-        c.count("intermediate_size"),
-        c.flag_or("mlp_bias", false),
-    );
+    let mlp = glu(c, c.count("intermediate_size"), c.flag("mlp_bias"));
     let layers = (0..n)
         .map(|i| Layer {
             inject: None,
@@ -67,7 +53,7 @@ fn read(c: &Config) -> Model {
             ffn: Some(sub(i, "ffn", "mlp", norm, Ffn::Glu(mlp.clone()))),
         })
         .collect();
-    model(c, layers, norm, false)
+    model(c, layers, norm)
 }
 
 fn write(m: &Model) -> Written {

@@ -1,7 +1,9 @@
 //! `config.json` in the spellings of transformers 4 and 5, with every complaint collected before any is reported.
 //!
 //! Two dialects of JSON occur: version 4 writes the bare tokens `Infinity` and `NaN`, version 5 writes `{"__float__": "Infinity"}`.
-//! Keys that do not change the mathematics are ignored; options that do and are not supported are refused by name.
+//! What a configuration leaves out is what transformers' class of the family takes there (`defaults.json`, written by
+//! `make_fixtures.py --defaults`); keys that transformers ignores are ignored; options that change the mathematics and are not
+//! supported are refused by name.
 
 use crate::checkpoint::CheckpointError;
 use marimba_dsl::model::{Act, DtInit, Rope, RopeScaling};
@@ -16,18 +18,8 @@ pub struct Config {
     problems: RefCell<Vec<String>>,
 }
 
-/// Options of other models in the field which change the mathematics and which no supported family has.
-const REFUSED: &[&str] = &[
-    "quantization_config",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "clip_qkv",
-    "use_sliding_window",
-    "attention_chunk_size",
-    "no_rope_layers",
-    "adapter_rank",
-    "num_mem_blocks",
-];
+/// By family: values of keys that are left out, and other names of keys.
+const DEFAULTS: &str = include_str!("defaults.json");
 
 impl Config {
     /// Reads a file.
@@ -56,21 +48,24 @@ impl Config {
         let bad = |why: String| CheckpointError::damaged(path, "configuration", why);
         let value: Value =
             serde_json::from_str(&plain_json(text)).map_err(|e| bad(e.to_string()))?;
-        let Value::Object(map) = value else {
+        let Value::Object(mut map) = value else {
             return Err(bad("its top level is not an object".into()));
         };
+        let family = map.get("model_type").and_then(Value::as_str);
+        if let Some(family) = family.map(str::to_string) {
+            let known: Map<String, Value> = serde_json::from_str(DEFAULTS)
+                .map_err(|e| bad(format!("this program's table of defaults: {e}")))?;
+            complete(&mut map, known.get(&family).unwrap_or(&Value::Null));
+        }
         let config = Config {
             path: path.to_path_buf(),
             map,
             problems: RefCell::default(),
         };
-        for key in REFUSED {
-            if !matches!(
-                config.map.get(*key),
-                None | Some(Value::Null | Value::Bool(false))
-            ) {
-                config.problem(format!("option {key} is not supported"));
-            }
+        if config.get("quantization_config").is_some() {
+            config.problem(
+                "option quantization_config is not supported; expected weights in f32, bf16, f16 or f64",
+            );
         }
         Ok(config)
     }
@@ -148,6 +143,14 @@ impl Config {
         }
     }
 
+    /// A count that must be there and may be zero.
+    pub fn size(&self, key: &str) -> usize {
+        if self.get(key).is_none() {
+            self.problem(format!("{key} is missing"));
+        }
+        self.opt_count(key).unwrap_or(0)
+    }
+
     /// A count with a default.
     pub fn count_or(&self, key: &str, default: usize) -> usize {
         self.opt_count(key).unwrap_or(default)
@@ -163,9 +166,22 @@ impl Config {
         f
     }
 
+    /// A number that must be there.
+    pub fn float(&self, key: &str) -> f64 {
+        if self.get(key).is_none() {
+            self.problem(format!("{key} is missing"));
+        }
+        self.float_or(key, 1.0)
+    }
+
     /// A number with a default.
     pub fn float_or(&self, key: &str, default: f64) -> f64 {
         self.opt_float(key).unwrap_or(default)
+    }
+
+    /// A switch; null is off.
+    pub fn flag(&self, key: &str) -> bool {
+        self.flag_or(key, false)
     }
 
     /// A switch with a default.
@@ -231,11 +247,10 @@ impl Config {
     /// Layer kinds, with the words of version 4 put into those of version 5.
     pub fn layer_types(
         &self,
-        keys: &[&str],
+        key: &str,
         n_layers: Option<usize>,
         allowed: &[&str],
     ) -> Option<Vec<String>> {
-        let key = keys.iter().find(|k| self.get(k).is_some())?;
         let mut out = Vec::new();
         for v in self.opt_list(key)? {
             let word = match v.as_str() {
@@ -259,11 +274,18 @@ impl Config {
     }
 
     /// An activation by its transformers name.
-    pub fn act(&self, key: &str, default: &str) -> Act {
-        match self.opt_word(key).unwrap_or(default) {
+    pub fn act(&self, key: &str) -> Act {
+        let Some(name) = self.opt_word(key) else {
+            if self.get(key).is_none() {
+                self.problem(format!("{key} is missing"));
+            }
+            return Act::Silu;
+        };
+        match name {
             "silu" | "swish" => Act::Silu,
-            "gelu" => Act::Gelu,
-            "gelu_new" | "gelu_pytorch_tanh" => Act::GeluTanh,
+            "gelu" | "gelu_python" => Act::Gelu,
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_fast"
+            | "gelu_accurate" => Act::GeluTanh,
             "relu" => Act::Relu,
             "relu2" => Act::Relu2,
             other => {
@@ -275,17 +297,12 @@ impl Config {
 
     /// Complains unless the activation `key` is silu, the only one the mixers know.
     pub fn only_silu(&self, key: &str) {
-        if self.act(key, "silu") != Act::Silu {
+        let act = self.act(key);
+        if act != Act::Silu {
+            let name = self.opt_word(key).unwrap_or_default();
             self.problem(format!(
-                "{key} other than silu is not supported inside a mixer"
+                "{key} {name} is not supported inside a mixer; expected silu"
             ));
-        }
-    }
-
-    /// Complains when a switch stands otherwise than the family can have it.
-    pub fn must_be(&self, key: &str, value: bool, default: bool) {
-        if self.flag_or(key, default) != value {
-            self.problem(format!("option {key}: {} is not supported", !value));
         }
     }
 
@@ -298,12 +315,21 @@ impl Config {
         whole / part
     }
 
-    /// Range of dt at initialisation.
+    /// Range of dt at initialisation. Weights that are there do not need it, so one that is none gives way to the usual.
     pub fn dt_init(&self) -> DtInit {
-        DtInit {
-            min: self.float_or("time_step_min", 1e-3),
-            max: self.float_or("time_step_max", 0.1),
-            floor: self.float_or("time_step_floor", 1e-4),
+        let (min, max) = (
+            self.float_or("time_step_min", 1e-3),
+            self.float_or("time_step_max", 0.1),
+        );
+        let floor = self.float_or("time_step_floor", 1e-4);
+        if 0.0 < floor && 0.0 < min && min < max && max.is_finite() {
+            DtInit { min, max, floor }
+        } else {
+            DtInit {
+                min: 1e-3,
+                max: 0.1,
+                floor: 1e-4,
+            }
         }
     }
 
@@ -320,47 +346,60 @@ impl Config {
 
     /// RoPE of heads of `head_dim` channels.
     pub fn rope(&self, head_dim: usize, d: &RopeDefaults) -> Rope {
-        let rope = Section {
+        let of = |key| Section {
             config: self,
-            map: self.object("rope_parameters"),
+            key,
+            map: self.object(key).filter(|m| !m.is_empty()),
         };
-        let scaling = Section {
-            config: self,
-            map: self.object("rope_scaling"),
+        // Version 4 has rope_theta beside rope_scaling, version 5 all in rope_parameters; what stands inside wins.
+        let section = Some(of("rope_scaling"))
+            .filter(|s| s.map.is_some())
+            .unwrap_or_else(|| of("rope_parameters"));
+        let kind = section.kind(d);
+        let theta = section
+            .float("rope_theta")
+            .or(self.opt_float("rope_theta"))
+            .unwrap_or_else(|| {
+                self.problem("rope_theta is missing");
+                1e4
+            });
+        let said = section.float("partial_rotary_factor").or_else(|| {
+            d.top_level_fraction
+                .then(|| self.opt_float("partial_rotary_factor"))?
+        });
+        let fraction = match d.fraction {
+            Some(fraction) => said.unwrap_or(fraction),
+            None => {
+                // The plain type has no eye for it; the others fail in transformers.
+                if kind != "default" && said.is_some_and(|f| f != 1.0) {
+                    self.problem(format!("partial_rotary_factor with rope_type {kind} is not supported in this family, expected 1"));
+                }
+                1.0
+            }
         };
-        // Version 5 keeps everything in rope_parameters; version 4 has rope_theta beside rope_scaling.
-        let section = if rope.map.is_some() { rope } else { scaling };
-        let (inside, beside) = (section.float("rope_theta"), self.opt_float("rope_theta"));
-        if let (Some(a), Some(b)) = (inside, beside)
-            && a != b
-        {
-            self.problem(format!("rope_theta is {b}, but {a} in the RoPE parameters"));
+        let part = (head_dim as f64 * fraction) as usize;
+        // transformers rounds up, and keeps the odd number in the exponents of the frequencies.
+        let dims = part.next_multiple_of(2);
+        let odd = dims != part;
+        if part == 0 || dims > head_dim || (odd && kind == "yarn") {
+            self.problem(format!(
+                "partial_rotary_factor {fraction} of heads of {head_dim} channels would rotate {part}, expected an even number above 0"
+            ));
+            return Rope {
+                theta,
+                dims: 2,
+                scaling: RopeScaling::None,
+            };
         }
-        let theta = inside.or(beside).unwrap_or(d.theta);
-        let top = if d.top_level_fraction {
-            self.opt_float("partial_rotary_factor")
+        let theta = if odd {
+            theta.powf(dims as f64 / part as f64)
         } else {
-            None
+            theta
         };
-        let fraction = section
-            .float("partial_rotary_factor")
-            .or(top)
-            .unwrap_or(d.fraction);
-        if !(fraction > 0.0 && fraction <= 1.0) {
-            self.problem(format!(
-                "partial_rotary_factor is {fraction}, expected above 0 and at most 1"
-            ));
-        }
-        let dims = (head_dim as f64 * fraction) as usize;
-        if dims == 0 || !dims.is_multiple_of(2) {
-            self.problem(format!(
-                "RoPE would rotate {dims} channels of a head, expected an even number"
-            ));
-        }
         Rope {
             theta,
             dims,
-            scaling: self.scaling(&section, dims, d),
+            scaling: self.scaling(&section, kind, dims, d),
         }
     }
 
@@ -379,11 +418,7 @@ impl Config {
         }
     }
 
-    fn scaling(&self, s: &Section, dims: usize, d: &RopeDefaults) -> RopeScaling {
-        let mut kind = s.word("rope_type").or(s.word("type")).unwrap_or("default");
-        if kind == "su" || (kind == "yarn" && d.yarn_is_longrope) {
-            kind = "longrope";
-        }
+    fn scaling(&self, s: &Section, kind: &str, dims: usize, d: &RopeDefaults) -> RopeScaling {
         let context = || self.count("max_position_embeddings");
         let original = || {
             let (inside, top) = (
@@ -394,12 +429,12 @@ impl Config {
         };
         let needed = |key: &str| {
             s.float(key).unwrap_or_else(|| {
-                self.problem(format!("rope type {kind} needs {key}"));
+                self.problem(format!("rope_type {kind} needs {key} in {}", s.key));
                 1.0
             })
         };
         match kind {
-            "default" | "mrope" => RopeScaling::None,
+            "default" => RopeScaling::None,
             "linear" => RopeScaling::Linear {
                 factor: needed("factor"),
             },
@@ -431,19 +466,11 @@ impl Config {
                     original_context_len,
                     beta_fast: s.float("beta_fast").filter(|b| *b != 0.0).unwrap_or(32.0),
                     beta_slow: s.float("beta_slow").filter(|b| *b != 0.0).unwrap_or(1.0),
-                    attention_factor: s
-                        .float("attention_factor")
-                        .filter(|a| *a != 0.0)
-                        .unwrap_or(default),
-                    truncate: s.flag("truncate").unwrap_or(true),
+                    attention_factor: s.float("attention_factor").unwrap_or(default),
+                    truncate: s.switch("truncate", true),
                 }
             }
             "longrope" => {
-                for key in ["short_mscale", "long_mscale"] {
-                    if s.float(key).is_some() {
-                        self.problem(format!("RoPE option {key} is not supported"));
-                    }
-                }
                 let original_context_len = original().unwrap_or_else(context);
                 let factor = s
                     .float("factor")
@@ -455,7 +482,10 @@ impl Config {
                 };
                 let list = |key: &str| {
                     let list = s.floats(key).unwrap_or_else(|| {
-                        self.problem(format!("rope type longrope needs a list {key}"));
+                        self.problem(format!(
+                            "rope_type longrope needs a list {key} in {}",
+                            s.key
+                        ));
                         vec![1.0; dims / 2]
                     });
                     if list.len() != dims / 2 {
@@ -476,7 +506,7 @@ impl Config {
                 }
             }
             other => {
-                self.problem(format!("rope type {other} is not supported; expected default, linear, llama3, yarn or longrope"));
+                self.problem(format!("rope_type {other} of {} is not supported; expected default, linear, llama3, yarn or longrope", s.key));
                 RopeScaling::None
             }
         }
@@ -486,10 +516,8 @@ impl Config {
 /// What a family does where its configuration is silent.
 #[derive(Clone, Copy, Debug)]
 pub struct RopeDefaults {
-    /// Base.
-    pub theta: f64,
-    /// Rotated part of a head.
-    pub fraction: f64,
+    /// Rotated part of a head; `None` where all of it is, whatever `partial_rotary_factor` says.
+    pub fraction: Option<f64>,
     /// Whether `partial_rotary_factor` beside the RoPE parameters counts.
     pub top_level_fraction: bool,
     /// LongRoPE: recompute the cache when decoding crosses the original context.
@@ -501,8 +529,7 @@ pub struct RopeDefaults {
 impl Default for RopeDefaults {
     fn default() -> Self {
         RopeDefaults {
-            theta: 1e4,
-            fraction: 1.0,
+            fraction: None,
             top_level_fraction: true,
             recompute_on_crossing: false,
             yarn_is_longrope: false,
@@ -513,6 +540,7 @@ impl Default for RopeDefaults {
 /// A nested object.
 struct Section<'a> {
     config: &'a Config,
+    key: &'static str,
     map: Option<&'a Map<String, Value>>,
 }
 
@@ -534,11 +562,36 @@ impl<'a> Section<'a> {
     fn word(&self, key: &str) -> Option<&'a str> {
         self.get(key)?.as_str()
     }
-    fn flag(&self, key: &str) -> Option<bool> {
-        self.get(key)?.as_bool()
+    /// As Python takes it: null is off.
+    fn switch(&self, key: &str, default: bool) -> bool {
+        match self.map.and_then(|m| m.get(key)) {
+            None => default,
+            Some(v) => v.as_bool().unwrap_or(false),
+        }
+    }
+    /// `rope_type`, in the words of today.
+    fn kind(&self, d: &RopeDefaults) -> &'a str {
+        match self.word("rope_type").or(self.word("type")) {
+            None => "default",
+            Some("su" | "yarn") if d.yarn_is_longrope => "longrope",
+            Some(kind) => kind,
+        }
     }
     fn floats(&self, key: &str) -> Option<Vec<f64>> {
         self.get(key)?.as_array()?.iter().map(float).collect()
+    }
+}
+
+/// Gives keys their names of today, and those that are missing their values.
+fn complete(map: &mut Map<String, Value>, known: &Value) {
+    for (old, key) in known["renamed"].as_object().into_iter().flatten() {
+        let key = key.as_str().unwrap_or_default();
+        if let Some(v) = map.remove(old).filter(|v| !v.is_null()) {
+            map.insert(key.into(), v);
+        }
+    }
+    for (key, v) in known["defaults"].as_object().into_iter().flatten() {
+        map.entry(key.clone()).or_insert_with(|| v.clone());
     }
 }
 
@@ -619,21 +672,66 @@ mod tests {
             "quantization_config",
             "n is \"many\"",
             "m is missing",
-            "rope type dynamic",
+            "rope_type dynamic of rope_scaling",
         ] {
             assert!(e.contains(part), "{e}");
         }
     }
 
     #[test]
-    fn contradictory_bases_are_refused() {
-        let c = config(r#"{"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7.0}}"#);
-        c.rope(8, &RopeDefaults::default());
-        assert!(
-            c.finish(())
-                .unwrap_err()
-                .to_string()
-                .contains("rope_theta is 5, but 7")
+    fn what_transformers_reads_first_wins() {
+        let rope = |text: &str| {
+            let c = config(text);
+            let rope = c.rope(8, &RopeDefaults::default());
+            c.finish(rope).unwrap()
+        };
+        // Inside before beside, rope_scaling before rope_parameters, an empty one not at all.
+        let both =
+            r#"{"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7.0}, "rope_scaling": {}}"#;
+        assert_eq!(rope(both).theta, 7.0);
+        let old = r#"{"rope_theta": 5.0, "rope_parameters": {"rope_theta": 7.0}, "rope_scaling": {"type": "linear", "factor": 2}}"#;
+        assert_eq!(rope(old).theta, 5.0);
+        assert_eq!(rope(old).scaling, RopeScaling::Linear { factor: 2.0 });
+    }
+
+    #[test]
+    fn part_of_a_head_is_rotated_where_the_family_can() {
+        let text = r#"{"rope_theta": 100.0, "partial_rotary_factor": 0.375}"#;
+        let some = RopeDefaults {
+            fraction: Some(1.0),
+            ..RopeDefaults::default()
+        };
+        let c = config(text);
+        assert_eq!(c.rope(8, &RopeDefaults::default()).dims, 8);
+        // Three of eight: transformers rotates four, with frequencies 100^(-0/3) and 100^(-2/3).
+        let rope = c.rope(8, &some);
+        assert_eq!(rope.dims, 4);
+        assert!((rope.theta.powf(-2.0 / 4.0) - 100f64.powf(-2.0 / 3.0)).abs() < 1e-12);
+        c.finish(()).unwrap();
+        let c = config(
+            r#"{"rope_theta": 100.0, "partial_rotary_factor": 0.5, "rope_scaling": {"type": "linear", "factor": 2}}"#,
         );
+        c.rope(8, &RopeDefaults::default());
+        let e = c.finish(()).unwrap_err().to_string();
+        assert!(
+            e.contains("partial_rotary_factor with rope_type linear"),
+            "{e}"
+        );
+    }
+
+    #[test]
+    fn what_is_left_out_is_what_transformers_takes() {
+        let c = config(r#"{"model_type": "falcon_h1", "num_key_value_heads": null}"#);
+        assert_eq!(c.float("rope_theta"), 1e4);
+        assert_eq!(c.count("mamba_d_ssm"), 1024);
+        assert_eq!(c.opt_count("num_key_value_heads"), None);
+        assert_eq!(c.dt_limit(), (0.0, f64::INFINITY));
+        // Another name of a key wins.
+        let c = config(
+            r#"{"model_type": "nemotron_h", "time_step_min": 0.5, "mamba_dt_min": 0.25, "num_local_experts": 6}"#,
+        );
+        assert_eq!(c.float("time_step_min"), 0.25);
+        assert_eq!(c.count("n_routed_experts"), 6);
+        c.finish(()).unwrap();
     }
 }

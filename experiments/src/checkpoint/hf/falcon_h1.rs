@@ -18,29 +18,19 @@ pub(super) const FAMILY: Family = Family {
 
 fn read(c: &Config) -> Model {
     let d = c.count("hidden_size");
-    let norm = norm(c.float_or("rms_norm_eps", 1e-5));
-    c.must_be("mamba_use_mlp", true, true);
+    let norm = norm(c.float("rms_norm_eps"));
     let head = head_dim(c);
-    let rope = c.rope(
-        head,
-        &RopeDefaults {
-            theta: 1e5,
-            ..RopeDefaults::default()
-        },
-    );
-    let mut attention = attention(c, head, Some(rope), c.flag_or("attention_bias", false));
-    attention.key_multiplier = c.float_or("key_multiplier", 1.0);
-    let gate = match (
-        c.flag_or("mamba_rms_norm", false),
-        c.flag_or("mamba_norm_before_gate", true),
-    ) {
+    let rope = c.rope(head, &RopeDefaults::default());
+    let mut attention = attention(c, head, Some(rope), c.flag("attention_bias"));
+    attention.key_multiplier = c.float("key_multiplier");
+    let gate = match (c.flag("mamba_rms_norm"), c.flag("mamba_norm_before_gate")) {
         (false, _) => GatedNorm::GateOnly,
         (true, true) => GatedNorm::NormThenGate { eps: norm.eps },
         (true, false) => GatedNorm::GateThenNorm { eps: norm.eps },
     };
-    let expanded = || (c.float_or("mamba_expand", 2.0) * d as f64) as usize;
+    let expanded = || (c.float("mamba_expand") * d as f64) as usize;
     let mut mamba = mamba2(c, c.opt_count("mamba_d_ssm").unwrap_or_else(expanded), gate);
-    mamba.out_proj_bias = c.flag_or("projectors_bias", false);
+    mamba.out_proj_bias = c.flag("projectors_bias");
     mamba.multipliers = c.floats_or("ssm_multipliers", [1.0; 5]);
     let branch = |name: &str, mixer, what: &str| Branch {
         name: name.into(),
@@ -52,11 +42,7 @@ fn read(c: &Config) -> Model {
         branch("mamba", Mixer::Mamba2(mamba), "ssm"),
         branch("attn", Mixer::Attention(attention), "attention"),
     ]);
-    let mut mlp = glu(
-        c,
-        c.count("intermediate_size"),
-        c.flag_or("mlp_bias", false),
-    );
+    let mut mlp = glu(c, c.count("intermediate_size"), c.flag("mlp_bias"));
     [mlp.gate_multiplier, mlp.out_multiplier] = c.floats_or("mlp_multipliers", [1.0; 2]);
     let layers = (0..c.count("num_hidden_layers"))
         .map(|i| Layer {
@@ -65,9 +51,9 @@ fn read(c: &Config) -> Model {
             ffn: Some(sub(i, "ffn", "mlp", norm, Ffn::Glu(mlp.clone()))),
         })
         .collect();
-    let mut m = model(c, layers, norm, false);
-    m.embedding.multiplier = c.float_or("embedding_multiplier", 1.0);
-    m.head.multiplier = c.float_or("lm_head_multiplier", 1.0);
+    let mut m = model(c, layers, norm);
+    m.embedding.multiplier = c.float("embedding_multiplier");
+    m.head.multiplier = c.float("lm_head_multiplier");
     m
 }
 

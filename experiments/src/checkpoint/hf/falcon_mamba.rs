@@ -14,14 +14,11 @@ pub(super) const FAMILY: Family = Family {
 };
 
 fn read(c: &Config) -> Model {
-    // The published 7B carries `expand: 16` beside the true `intermediate_size: 8192`.
-    let expanded = (c.float_or("expand", 2.0) * c.count("hidden_size") as f64) as usize;
-    let inner = c.opt_count("intermediate_size").unwrap_or(expanded);
     let norm = DtBcNorm {
-        eps: c.float_or("mixer_rms_eps", 1e-6),
+        eps: c.float("mixer_rms_eps"),
         weighted: false,
     };
-    mamba::read_with(c, inner, Some(norm))
+    mamba::read_with(c, Some(norm))
 }
 
 fn write(m: &Model) -> Written {

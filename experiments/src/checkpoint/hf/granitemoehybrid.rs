@@ -19,38 +19,26 @@ pub(super) const FAMILY: Family = Family {
 
 fn read(c: &Config) -> Model {
     let (n, d) = (c.count("num_hidden_layers"), c.count("hidden_size"));
-    let norm = norm(c.float_or("rms_norm_eps", 1e-6));
+    let norm = norm(c.float("rms_norm_eps"));
     let kinds = c
         .layer_types(
-            &["layer_types", "layers_block_type"],
+            "layer_types",
             Some(n),
             &["linear_attention", "full_attention"],
         )
         .unwrap_or_else(|| vec!["linear_attention".into(); n]);
-    let head = c.divide(
-        "hidden_size",
-        d,
-        "num_attention_heads",
-        c.count("num_attention_heads"),
-    );
-    let rope = match c.opt_word("position_embedding_type") {
-        Some("rope") => Some(c.rope(head, &RopeDefaults::default())),
-        None | Some("nope") => None,
-        Some(other) => {
-            c.problem(format!(
-                "position_embedding_type {other} is not supported; expected rope or nope"
-            ));
-            None
-        }
-    };
-    let mut attention = attention(c, head, rope, c.flag_or("attention_bias", false));
-    attention.scale = c.float_or("attention_multiplier", 1.0);
+    let head = head_dim(c);
+    // Any other word is no positions.
+    let rope = (c.opt_word("position_embedding_type") == Some("rope"))
+        .then(|| c.rope(head, &RopeDefaults::default()));
+    let mut attention = attention(c, head, rope, c.flag("attention_bias"));
+    attention.scale = c.float("attention_multiplier");
     let needs_mamba = kinds.iter().any(|k| k == "linear_attention");
-    let inner = (c.float_or("mamba_expand", 2.0) * d as f64) as usize;
+    let inner = (c.float("mamba_expand") * d as f64) as usize;
     let mamba = needs_mamba.then(|| mamba2(c, inner, GatedNorm::GateThenNorm { eps: norm.eps }));
-    let shared_ff = c.count_or("shared_intermediate_size", 1024);
+    let shared_ff = c.size("shared_intermediate_size");
     let shared = (shared_ff > 0).then(|| glu(c, shared_ff, false));
-    let n_experts = c.count_or("num_local_experts", 8);
+    let n_experts = c.size("num_local_experts");
     let ffn = if n_experts > 0 {
         let mut moe = softmax_moe(
             c,
@@ -71,7 +59,7 @@ fn read(c: &Config) -> Model {
         }))
     };
     let ffn_name = if n_experts > 0 { "moe" } else { "mlp" };
-    let residual = c.float_or("residual_multiplier", 1.0);
+    let residual = c.float("residual_multiplier");
     let layers = kinds
         .iter()
         .enumerate()
@@ -98,9 +86,9 @@ fn read(c: &Config) -> Model {
             }
         })
         .collect();
-    let mut m = model(c, layers, norm, false);
-    m.embedding.multiplier = c.float_or("embedding_multiplier", 1.0);
-    m.head.multiplier = 1.0 / c.float_or("logits_scaling", 1.0);
+    let mut m = model(c, layers, norm);
+    m.embedding.multiplier = c.float("embedding_multiplier");
+    m.head.multiplier = 1.0 / c.float("logits_scaling");
     m
 }
 

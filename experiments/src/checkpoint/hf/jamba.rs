@@ -19,27 +19,18 @@ pub(super) const FAMILY: Family = Family {
 
 fn read(c: &Config) -> Model {
     let (n, d) = (c.count("num_hidden_layers"), c.count("hidden_size"));
-    let norm = norm(c.float_or("rms_norm_eps", 1e-6));
+    let norm = norm(c.float("rms_norm_eps"));
     c.only_silu("hidden_act");
-    c.must_be("mamba_inner_layernorms", true, true);
-    if c.opt_count("sliding_window").is_some() {
-        c.problem("option sliding_window is not supported");
-    }
-    let head = c.divide(
-        "hidden_size",
-        d,
-        "num_attention_heads",
-        c.count("num_attention_heads"),
-    );
+    let head = head_dim(c);
     let attention = attention(c, head, None, false);
-    let bias = c.flag_or("mamba_proj_bias", false);
+    let bias = c.flag("mamba_proj_bias");
     let mamba = Mamba1 {
-        d_inner: (c.float_or("mamba_expand", 2.0) * d as f64) as usize,
-        d_state: c.count_or("mamba_d_state", 16),
-        d_conv: c.count_or("mamba_d_conv", 4),
+        d_inner: (c.float("mamba_expand") * d as f64) as usize,
+        d_state: c.count("mamba_d_state"),
+        d_conv: c.count("mamba_d_conv"),
         dt_rank: c.opt_count("mamba_dt_rank").unwrap_or(d.div_ceil(16)),
         n_heads: 1,
-        conv_bias: c.flag_or("mamba_conv_bias", true),
+        conv_bias: c.flag("mamba_conv_bias"),
         in_proj_bias: bias,
         out_proj_bias: bias,
         dt_bc_norm: Some(DtBcNorm {
@@ -49,17 +40,17 @@ fn read(c: &Config) -> Model {
         dt_init: c.dt_init(),
     };
     let d_ff = c.count("intermediate_size");
-    let n_experts = c.count_or("num_experts", 16);
+    let n_experts = c.count("num_experts");
     let layers = (0..n)
         .map(|i| {
             // One expert is no choice: those layers are dense.
-            let ffn = if n_experts > 1 && periodic(c, i, "expert", (2, 1)) {
+            let ffn = if n_experts > 1 && periodic(c, i, "expert") {
                 let moe = softmax_moe(c, n_experts, d_ff, RouterScore::SoftmaxAll, false);
                 sub(i, "ffn", "moe", norm, Ffn::Moe(Box::new(moe)))
             } else {
                 sub(i, "ffn", "mlp", norm, Ffn::Glu(glu(c, d_ff, false)))
             };
-            let mixer = if periodic(c, i, "attn", (8, 4)) {
+            let mixer = if periodic(c, i, "attn") {
                 sub(
                     i,
                     "mixer",
@@ -77,7 +68,7 @@ fn read(c: &Config) -> Model {
             }
         })
         .collect();
-    model(c, layers, norm, false)
+    model(c, layers, norm)
 }
 
 fn write(m: &Model) -> Written {

@@ -17,19 +17,15 @@ pub(super) const FAMILY: Family = Family {
 };
 
 fn read(c: &Config) -> Model {
-    let norm = norm(c.float_or("rms_norm_eps", 1e-6));
+    let norm = norm(c.float("rms_norm_eps"));
     let head = head_dim(c);
     let rope = c.rope(head, &RopeDefaults::default());
-    let attention = attention(c, head, Some(rope), c.flag_or("attention_bias", false));
-    let mlp = glu(
-        c,
-        c.count("intermediate_size"),
-        c.flag_or("mlp_bias", false),
-    );
+    let attention = attention(c, head, Some(rope), c.flag("attention_bias"));
+    let mlp = glu(c, c.count("intermediate_size"), c.flag("mlp_bias"));
     let layers = stack(c.count("num_hidden_layers"), norm, &attention, |i| {
         sub(i, "ffn", "mlp", norm, Ffn::Glu(mlp.clone()))
     });
-    model(c, layers, norm, false)
+    model(c, layers, norm)
 }
 
 /// Layers of attention and whatever ffn: Llama, Phi-3, Mixtral.

@@ -17,28 +17,25 @@ pub(super) const FAMILY: Family = Family {
 };
 
 fn read(c: &Config) -> Model {
-    let expanded = (c.float_or("expand", 2.0) * c.count("hidden_size") as f64) as usize;
-    if let Some(i) = c.opt_count("intermediate_size").filter(|i| *i != expanded) {
-        c.problem(format!(
-            "intermediate_size is {i}, but expand x hidden_size is {expanded}"
-        ));
-    }
-    read_with(c, expanded, None)
+    read_with(c, None)
 }
 
-/// Falcon-Mamba differs by inner norms and by which key gives the inner width.
-pub(super) fn read_with(c: &Config, d_inner: usize, dt_bc_norm: Option<DtBcNorm>) -> Model {
+/// Falcon-Mamba differs by inner norms.
+pub(super) fn read_with(c: &Config, dt_bc_norm: Option<DtBcNorm>) -> Model {
     let d = c.count("hidden_size");
-    let norm = norm(c.float_or("layer_norm_epsilon", 1e-5));
+    // The published Falcon-Mamba-7B carries `expand: 16` beside the true `intermediate_size: 8192`.
+    let expanded = || (c.float("expand") * d as f64) as usize;
+    let d_inner = c.opt_count("intermediate_size").unwrap_or_else(expanded);
+    let norm = norm(c.float("layer_norm_epsilon"));
     c.only_silu("hidden_act");
-    let bias = c.flag_or("use_bias", false);
+    let bias = c.flag("use_bias");
     let mixer = Mamba1 {
         d_inner,
-        d_state: c.count_or("state_size", 16),
-        d_conv: c.count_or("conv_kernel", 4),
+        d_state: c.count("state_size"),
+        d_conv: c.count("conv_kernel"),
         dt_rank: c.opt_count("time_step_rank").unwrap_or(d.div_ceil(16)),
         n_heads: 1,
-        conv_bias: c.flag_or("use_conv_bias", true),
+        conv_bias: c.flag("use_conv_bias"),
         in_proj_bias: bias,
         out_proj_bias: bias,
         dt_bc_norm,
@@ -51,7 +48,7 @@ pub(super) fn read_with(c: &Config, d_inner: usize, dt_bc_norm: Option<DtBcNorm>
             ffn: None,
         })
         .collect();
-    model(c, layers, norm, true)
+    model(c, layers, norm)
 }
 
 fn write(m: &Model) -> Written {
@@ -61,12 +58,13 @@ fn write(m: &Model) -> Written {
 pub(super) fn write_with(m: &Model, family: &Family) -> Written {
     let mut out = write_base(m, family.model_type, family.architecture);
     let s = firsts(m).mamba1.ok_or("it has no Mamba-1 layer")?;
+    // transformers 5.23 divides out_proj of this family once more when it loads a configuration that asks for that at initialisation.
     put(
         &mut out,
         json!({ "state_size": s.d_state, "conv_kernel": s.d_conv, "time_step_rank": s.dt_rank,
             "expand": ratio(s.d_inner, m.d_model), "intermediate_size": s.d_inner, "use_bias": s.in_proj_bias,
             "use_conv_bias": s.conv_bias, "hidden_act": "silu", "layer_norm_epsilon": m.final_norm.eps,
-            "residual_in_fp32": true }),
+            "residual_in_fp32": true, "rescale_prenorm_residual": false }),
     );
     if let Some(n) = s.dt_bc_norm {
         put(&mut out, json!({ "mixer_rms_eps": n.eps }));

@@ -17,15 +17,9 @@ pub(super) const FAMILY: Family = Family {
 };
 
 fn read(c: &Config) -> Model {
-    let norm = norm(c.float_or("rms_norm_eps", 1e-5));
+    let norm = norm(c.float("rms_norm_eps"));
     let head = head_dim(c);
-    let rope = c.rope(
-        head,
-        &RopeDefaults {
-            theta: 1e6,
-            ..RopeDefaults::default()
-        },
-    );
+    let rope = c.rope(head, &RopeDefaults::default());
     let mut attention = attention(c, head, Some(rope), false);
     attention.window = c.opt_count("sliding_window");
     let moe = softmax_moe(
@@ -38,7 +32,7 @@ fn read(c: &Config) -> Model {
     let layers = llama::stack(c.count("num_hidden_layers"), norm, &attention, |i| {
         sub(i, "ffn", "moe", norm, Ffn::Moe(Box::new(moe.clone())))
     });
-    model(c, layers, norm, false)
+    model(c, layers, norm)
 }
 
 fn write(m: &Model) -> Written {

@@ -176,6 +176,13 @@ pub struct Opened {
 pub fn read_model(
     dir: &Path,
 ) -> Result<(&'static Family, Valid<Model>, String, f64), CheckpointError> {
+    read_model_of(dir, |_| {})
+}
+
+fn read_model_of(
+    dir: &Path,
+    change: impl FnOnce(&mut Model),
+) -> Result<(&'static Family, Valid<Model>, String, f64), CheckpointError> {
     if !dir.is_dir() {
         let text = dir.display().to_string();
         let hub = text.split('/').count() == 2 && !text.starts_with(['.', '/']);
@@ -191,7 +198,8 @@ pub fn read_model(
         });
     }
     let config = Config::read(&dir.join("config.json"))?;
-    let (family, model) = model_of(&config)?;
+    let (family, mut model) = model_of(&config)?;
+    change(&mut model);
     let z_loss = config.float_or("z_loss_coefficient", 0.0);
     let (model, text) = checked(&config, model)?;
     config.finish((family, model, text, z_loss))
@@ -267,10 +275,16 @@ fn table_of(family: &Family, model: &Model, params: &[Param]) -> Result<Table, C
 /// # Errors
 /// [`CheckpointError`], with all missing, extra and misshaped tensors at once.
 pub fn open(dir: &Path) -> Result<Opened, CheckpointError> {
-    let (family, model, model_ron, z_loss) = read_model(dir)?;
-    let params = params_of(&model)?;
-    let table = table_of(family, &model, &params)?;
+    let (mut family, mut model, mut model_ron, mut z_loss) = read_model(dir)?;
+    let mut params = params_of(&model)?;
+    let mut table = table_of(family, &model, &params)?;
     let source = Source::open(dir, "model")?;
+    if model.head.tied && has_own_head(&source, &table)? {
+        // As transformers: a head that is stored and is not the embedding counts, whatever the configuration says.
+        (family, model, model_ron, z_loss) = read_model_of(dir, |m| m.head.tied = false)?;
+        params = params_of(&model)?;
+        table = table_of(family, &model, &params)?;
+    }
     let mut record = Record {
         family: family.model_type.into(),
         ..Record::default()
@@ -322,15 +336,11 @@ fn check(
             // Recomputed, and heads for several tokens at once, which transformers does not load either.
             record.dropped.push(s.name.clone());
         } else if let Some(first) = twin(&s.name, table, model) {
-            let same = source
-                .spec(&first)
-                .is_some_and(|t| t.shape == s.shape && t.dtype == s.dtype)
-                && source.tensor(&s.name)?.bytes() == source.tensor(&first)?.bytes();
-            if same {
+            if equal(source, &s.name, &first)? {
                 record.duplicates.insert(s.name.clone(), first);
             } else {
                 problems.push(format!(
-                    "{}: differs from {first}, to which the configuration ties it",
+                    "{}: differs from {first}, expected the same, since the family shares it",
                     s.name
                 ));
             }
@@ -359,6 +369,35 @@ fn check(
     }
 }
 
+/// Whether two stored tensors are one.
+fn equal(source: &Source, a: &str, b: &str) -> Result<bool, CheckpointError> {
+    Ok(match (source.spec(a), source.spec(b)) {
+        (Some(s), Some(t)) => {
+            s.shape == t.shape
+                && s.dtype == t.dtype
+                && source.tensor(a)?.bytes() == source.tensor(b)?.bytes()
+        }
+        _ => false,
+    })
+}
+
+/// Whether a head is stored that differs from the embedding.
+fn has_own_head(source: &Source, table: &Table) -> Result<bool, CheckpointError> {
+    Ok(match (source.spec(HEAD), embedding(table)) {
+        (Some(_), Some(e)) if source.spec(e).is_some() => !equal(source, HEAD, e)?,
+        _ => false,
+    })
+}
+
+/// The head, in every family.
+const HEAD: &str = "lm_head.weight";
+
+/// The embedding's foreign name.
+fn embedding(table: &Table) -> Option<&str> {
+    let is = |f: &&table::Foreign| f.pieces.iter().any(|p| p.ours == 0);
+    table.foreign.iter().find(is).map(|f| f.name.as_str())
+}
+
 /// The tensor that `name` repeats: a tied head, or the shared block under another of its layers.
 fn twin(name: &str, table: &Table, model: &Model) -> Option<String> {
     let first = |suffix: &str| {
@@ -369,12 +408,8 @@ fn twin(name: &str, table: &Table, model: &Model) -> Option<String> {
             .find(|n| n.ends_with(suffix))
             .cloned()
     };
-    if name == "lm_head.weight" && model.head.tied {
-        return table
-            .foreign
-            .iter()
-            .find(|f| f.pieces.iter().any(|p| p.ours == 0))
-            .map(|f| f.name.clone());
+    if name == HEAD && model.head.tied {
+        return embedding(table).map(str::to_string);
     }
     let at = name.find(".shared_transf.")?;
     first(&name[at..])

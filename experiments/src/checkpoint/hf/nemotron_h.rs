@@ -19,27 +19,18 @@ pub(super) const FAMILY: Family = Family {
 const KINDS: [&str; 4] = ["linear_attention", "full_attention", "mlp", "moe"];
 
 fn read(c: &Config) -> Model {
-    let norm = norm(c.float_or("layer_norm_epsilon", 1e-5));
-    let n = c.opt_count("num_hidden_layers");
-    let listed = c.layer_types(&["layers_block_type", "layer_types"], n, &KINDS);
-    let pattern = c
-        .opt_word("hybrid_override_pattern")
-        .map(|p| from_pattern(c, p, n));
-    if let (Some(a), Some(b)) = (&listed, &pattern)
-        && a != b
-    {
-        c.problem("layers_block_type and hybrid_override_pattern differ");
-    }
-    let kinds = listed.or(pattern).unwrap_or_else(|| {
-        c.problem("layers_block_type is missing, and hybrid_override_pattern too");
-        Vec::new()
-    });
+    let norm = norm(c.float("layer_norm_epsilon"));
+    // The list counts before the pattern, and both before `num_hidden_layers`.
+    let kinds = c
+        .layer_types("layers_block_type", None, &KINDS)
+        .or_else(|| Some(from_pattern(c, c.opt_word("hybrid_override_pattern")?)))
+        .unwrap_or_else(|| {
+            c.problem("layers_block_type is missing, and hybrid_override_pattern too");
+            Vec::new()
+        });
     c.only_silu("mamba_hidden_act");
-    if c.opt_count("sliding_window").is_some() {
-        c.problem("option sliding_window is not supported");
-    }
-    let act = c.act("mlp_hidden_act", "relu2");
-    let bias = c.flag_or("mlp_bias", false);
+    let act = c.act("mlp_hidden_act");
+    let bias = c.flag("mlp_bias");
     let mlp = |d_ff| Mlp { d_ff, act, bias };
     let layer = |i: usize, kind: &str| match kind {
         "linear_attention" => (Some(("mamba", Mixer::Mamba2(mamba(c, norm.eps)))), None),
@@ -65,7 +56,7 @@ fn read(c: &Config) -> Model {
             }
         })
         .collect();
-    let mut m = model(c, layers, norm, false);
+    let mut m = model(c, layers, norm);
     // transformers never ties this family, whatever the key says.
     m.head.tied = false;
     m
@@ -90,32 +81,25 @@ fn feed_forward(c: &Config, i: usize) -> usize {
 
 fn mamba(c: &Config, eps: f64) -> Mamba2 {
     let n_heads = c.count("mamba_num_heads");
-    let n_groups = c
-        .opt_count("mamba_n_groups")
-        .unwrap_or_else(|| c.count_or("n_groups", 8));
+    let n_groups = c.count("n_groups");
     c.divide("mamba_num_heads", n_heads, "n_groups", n_groups);
-    let bias = c.flag_or("use_bias", false);
-    let dt_init = c.dt_init();
+    let bias = c.flag("use_bias");
     Mamba2 {
         n_heads,
         head_dim: c.count("mamba_head_dim"),
         d_state: c.count("ssm_state_size"),
         n_groups,
-        d_conv: c
-            .opt_count("mamba_d_conv")
-            .unwrap_or_else(|| c.count_or("conv_kernel", 4)),
-        chunk_size: c
-            .opt_count("mamba_chunk_size")
-            .unwrap_or_else(|| c.count_or("chunk_size", 128)),
-        conv_bias: c.flag_or("use_conv_bias", c.flag_or("mamba_conv_bias", true)),
+        d_conv: c.count("conv_kernel"),
+        chunk_size: c.count("chunk_size"),
+        conv_bias: c.flag("use_conv_bias"),
         in_proj_bias: bias,
         out_proj_bias: bias,
         // `time_step_limit` is ignored by transformers, which clamps at `time_step_min` instead.
-        dt_limit: (dt_init.min, f64::INFINITY),
+        dt_limit: (c.float("time_step_min"), f64::INFINITY),
         dt_limit_in_decode: true,
         gate: GatedNorm::GateThenNorm { eps },
         multipliers: [1.0; 5],
-        dt_init,
+        dt_init: c.dt_init(),
         a_init: (1.0, 16.0),
     }
 }
@@ -123,8 +107,8 @@ fn mamba(c: &Config, eps: f64) -> Mamba2 {
 fn moe(c: &Config, act: Act, bias: bool) -> Moe {
     let (n_experts, n_groups, top_groups) = (
         c.count("n_routed_experts"),
-        c.count_or("n_group", 1),
-        c.count_or("topk_group", 1),
+        c.count("n_group"),
+        c.count("topk_group"),
     );
     c.divide("n_routed_experts", n_experts, "n_group", n_groups);
     if top_groups > n_groups {
@@ -147,11 +131,11 @@ fn moe(c: &Config, act: Act, bias: bool) -> Moe {
         },
         router: Router {
             score: RouterScore::Sigmoid,
-            normalize: c.flag_or("norm_topk_prob", true),
+            normalize: c.flag("norm_topk_prob"),
             correction_bias: true,
             n_groups,
             top_groups,
-            scale: c.float_or("routed_scaling_factor", 1.0),
+            scale: c.float("routed_scaling_factor"),
         },
         shared: Some(SharedExpert {
             ffn: Ffn::Mlp(shared),
@@ -163,8 +147,8 @@ fn moe(c: &Config, act: Act, bias: bool) -> Moe {
     }
 }
 
-fn from_pattern(c: &Config, pattern: &str, n: Option<usize>) -> Vec<String> {
-    let kinds: Vec<String> = pattern
+fn from_pattern(c: &Config, pattern: &str) -> Vec<String> {
+    pattern
         .chars()
         .filter_map(|s| match s {
             'M' => Some("linear_attention"),
@@ -179,14 +163,7 @@ fn from_pattern(c: &Config, pattern: &str, n: Option<usize>) -> Vec<String> {
             }
         })
         .map(str::to_string)
-        .collect();
-    if let Some(n) = n.filter(|n| *n != kinds.len()) {
-        c.problem(format!(
-            "hybrid_override_pattern has {} layers, but num_hidden_layers is {n}",
-            kinds.len()
-        ));
-    }
-    kinds
+        .collect()
 }
 
 fn write(m: &Model) -> Written {
@@ -225,6 +202,8 @@ fn write(m: &Model) -> Written {
                 "expand": ratio(s.n_heads * s.head_dim, m.d_model) }),
         );
         write_dt(&mut out, s.dt_init, (0.0, f64::INFINITY));
+        // Where dt is clamped, too.
+        put(&mut out, json!({ "time_step_min": s.dt_limit.0 }));
     }
     if let Some(a) = f.attention {
         write_attention(&mut out, a, m.context_len);

@@ -25,7 +25,7 @@ pub(super) fn norm(eps: f64) -> Norm {
 }
 
 /// The model around `layers`, with the keys that all families spell alike.
-pub(super) fn model(c: &Config, layers: Vec<Layer>, final_norm: Norm, tied_default: bool) -> Model {
+pub(super) fn model(c: &Config, layers: Vec<Layer>, final_norm: Norm) -> Model {
     let name: String = c
         .path()
         .parent()
@@ -44,7 +44,7 @@ pub(super) fn model(c: &Config, layers: Vec<Layer>, final_norm: Norm, tied_defau
         decoder: None,
         final_norm,
         head: Head {
-            tied: c.flag_or("tie_word_embeddings", tied_default),
+            tied: c.flag("tie_word_embeddings"),
             multiplier: 1.0,
         },
         init: Init {
@@ -110,17 +110,17 @@ pub(super) fn mamba2(c: &Config, d_inner: usize, gate: GatedNorm) -> Mamba2 {
             "mamba_n_heads {n_heads} x mamba_d_head {head_dim} is not the inner width {d_inner}"
         ));
     }
-    let bias = c.flag_or("mamba_proj_bias", false);
-    let n_groups = c.count_or("mamba_n_groups", 1);
+    let bias = c.flag("mamba_proj_bias");
+    let n_groups = c.count("mamba_n_groups");
     c.divide("mamba_n_heads", n_heads, "mamba_n_groups", n_groups);
     Mamba2 {
         n_heads,
         head_dim,
         d_state: c.count("mamba_d_state"),
         n_groups,
-        d_conv: c.count_or("mamba_d_conv", 4),
-        chunk_size: c.count_or("mamba_chunk_size", 256),
-        conv_bias: c.flag_or("mamba_conv_bias", true),
+        d_conv: c.count("mamba_d_conv"),
+        chunk_size: c.count("mamba_chunk_size"),
+        conv_bias: c.flag("mamba_conv_bias"),
         in_proj_bias: bias,
         out_proj_bias: bias,
         dt_limit: c.dt_limit(),
@@ -136,7 +136,7 @@ pub(super) fn mamba2(c: &Config, d_inner: usize, gate: GatedNorm) -> Mamba2 {
 pub(super) fn glu(c: &Config, d_ff: usize, bias: bool) -> Glu {
     Glu {
         d_ff,
-        act: c.act("hidden_act", "silu"),
+        act: c.act("hidden_act"),
         bias,
         gate_multiplier: 1.0,
         out_multiplier: 1.0,
@@ -162,7 +162,7 @@ pub(super) fn softmax_moe(
         top_k,
         expert: Expert {
             d_ff,
-            act: c.act("hidden_act", "silu"),
+            act: c.act("hidden_act"),
             gated: true,
         },
         router: Router {
@@ -181,10 +181,10 @@ pub(super) fn softmax_moe(
 }
 
 /// Where the first kind of block stands for `num_hidden_layers` layers: `i % period == offset`.
-pub(super) fn periodic(c: &Config, i: usize, what: &str, default: (usize, usize)) -> bool {
-    let period = c.count_or(&format!("{what}_layer_period"), default.0);
-    let offset = c.count_or(&format!("{what}_layer_offset"), default.1);
-    if period == 0 || offset >= period {
+pub(super) fn periodic(c: &Config, i: usize, what: &str) -> bool {
+    let period = c.count(&format!("{what}_layer_period"));
+    let offset = c.size(&format!("{what}_layer_offset"));
+    if offset >= period {
         c.problem(format!(
             "{what}_layer_offset {offset} is not below {what}_layer_period {period}"
         ));

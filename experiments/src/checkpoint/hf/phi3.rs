@@ -18,9 +18,10 @@ pub(super) const FAMILY: Family = Family {
 };
 
 fn read(c: &Config) -> Model {
-    let norm = norm(c.float_or("rms_norm_eps", 1e-5));
+    let norm = norm(c.float("rms_norm_eps"));
     let head = head_dim(c);
     let defaults = RopeDefaults {
+        fraction: Some(1.0),
         recompute_on_crossing: true,
         yarn_is_longrope: true,
         ..RopeDefaults::default()
@@ -31,7 +32,7 @@ fn read(c: &Config) -> Model {
     let layers = llama::stack(c.count("num_hidden_layers"), norm, &attention, |i| {
         sub(i, "ffn", "mlp", norm, Ffn::Glu(mlp.clone()))
     });
-    model(c, layers, norm, false)
+    model(c, layers, norm)
 }
 
 fn write(m: &Model) -> Written {

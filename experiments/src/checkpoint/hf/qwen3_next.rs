@@ -19,7 +19,7 @@ pub(super) const FAMILY: Family = Family {
 fn read(c: &Config) -> Model {
     let n = c.count("num_hidden_layers");
     let norm = Norm {
-        eps: c.float_or("rms_norm_eps", 1e-6),
+        eps: c.float("rms_norm_eps"),
         zero_centered: true,
     };
     c.only_silu("hidden_act");
@@ -33,20 +33,20 @@ fn read(c: &Config) -> Model {
     };
     let kinds = c
         .layer_types(
-            &["layer_types"],
+            "layer_types",
             Some(n),
             &["linear_attention", "full_attention"],
         )
         .unwrap_or_else(|| (0..n).map(|i| default(i).to_string()).collect());
-    let head = c.opt_count("head_dim").unwrap_or(256);
+    let head = c.count("head_dim");
     let rope = c.rope(
         head,
         &RopeDefaults {
-            fraction: 0.25,
+            fraction: Some(0.25),
             ..RopeDefaults::default()
         },
     );
-    let mut attention = attention(c, head, Some(rope), c.flag_or("attention_bias", false));
+    let mut attention = attention(c, head, Some(rope), c.flag("attention_bias"));
     attention.qk_norm = Some(norm);
     attention.output_gate = true;
     let delta = GatedDeltaNet {
@@ -54,7 +54,7 @@ fn read(c: &Config) -> Model {
         n_v_heads: c.count("linear_num_value_heads"),
         k_head_dim: c.count("linear_key_head_dim"),
         v_head_dim: c.count("linear_value_head_dim"),
-        d_conv: c.count_or("linear_conv_kernel_dim", 4),
+        d_conv: c.count("linear_conv_kernel_dim"),
         chunk_size: CHUNK,
         norm_eps: norm.eps,
         dt_init: c.dt_init(),
@@ -66,16 +66,16 @@ fn read(c: &Config) -> Model {
         "linear_num_key_heads",
         delta.n_k_heads,
     );
-    let n_experts = c.count_or("num_experts", 512);
+    let n_experts = c.size("num_experts");
     let dense = c.counts("mlp_only_layers");
-    let step = c.count_or("decoder_sparse_step", 1).max(1);
+    let step = c.count("decoder_sparse_step").max(1);
     let moe = (n_experts > 0).then(|| {
         let mut moe = softmax_moe(
             c,
             n_experts,
             c.count("moe_intermediate_size"),
             RouterScore::SoftmaxAll,
-            c.flag_or("norm_topk_prob", true),
+            c.flag("norm_topk_prob"),
         );
         let shared = glu(c, c.count("shared_expert_intermediate_size"), false);
         moe.shared = Some(SharedExpert {
@@ -120,7 +120,7 @@ fn read(c: &Config) -> Model {
             }
         })
         .collect();
-    model(c, layers, norm, false)
+    model(c, layers, norm)
 }
 
 /// Tokens per chunk of the chunked form; transformers has 64 built in.

@@ -22,18 +22,18 @@ const SHARED: &str = "shared.block";
 
 fn read(c: &Config) -> Model {
     let (n, d) = (c.count("num_hidden_layers"), c.count("hidden_size"));
-    let norm = norm(c.float_or("rms_norm_eps", 1e-5));
+    let norm = norm(c.float("rms_norm_eps"));
     c.only_silu("hidden_mamba_act");
     let kinds = c
         .layer_types(
-            &["layers_block_type", "layer_types"],
+            "layers_block_type",
             Some(n),
             &["linear_attention", "hybrid"],
         )
         .unwrap_or_else(|| {
             // The first three layers are fixed; the period counts from the fourth.
             let rest = |i: usize| {
-                if periodic(c, i - 3, "attn", (6, 4)) {
+                if periodic(c, i - 3, "attn") {
                     "hybrid"
                 } else {
                     "linear_attention"
@@ -63,20 +63,20 @@ fn read(c: &Config) -> Model {
     let mut shared = attention(c, head_dim, None, false);
     shared.scale = (head_dim as f64 / 2.0).powf(-0.5);
     let ffn = Ffn::Glu(Glu {
-        act: c.act("hidden_act", "gelu"),
+        act: c.act("hidden_act"),
         ..glu(c, c.count("intermediate_size"), false)
     });
-    let bias = c.flag_or("mamba_proj_bias", false);
-    let inner = (c.float_or("mamba_expand", 2.0) * d as f64) as usize;
-    let heads = c.count_or("n_mamba_heads", 2);
+    let bias = c.flag("mamba_proj_bias");
+    let inner = (c.float("mamba_expand") * d as f64) as usize;
+    let heads = c.count("n_mamba_heads");
     c.divide("the inner width of Mamba", inner, "n_mamba_heads", heads);
     let mamba = Mamba1 {
         d_inner: inner,
-        d_state: c.count_or("mamba_d_state", 16),
-        d_conv: c.count_or("mamba_d_conv", 4),
+        d_state: c.count("mamba_d_state"),
+        d_conv: c.count("mamba_d_conv"),
         dt_rank: c.opt_count("mamba_dt_rank").unwrap_or(d.div_ceil(16)),
         n_heads: heads,
-        conv_bias: c.flag_or("mamba_conv_bias", true),
+        conv_bias: c.flag("mamba_conv_bias"),
         in_proj_bias: bias,
         out_proj_bias: bias,
         dt_bc_norm: None,
@@ -98,7 +98,7 @@ fn read(c: &Config) -> Model {
             ffn: None,
         })
         .collect();
-    model(c, layers, norm, true)
+    model(c, layers, norm)
 }
 
 fn write(m: &Model) -> Written {
