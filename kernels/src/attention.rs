@@ -186,11 +186,11 @@ fn backward_tensor(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>
     // The longest first, over all heads: the last to start must not be long.
     params.push(int(b * g));
     let blocks = tiles * b * g;
+    let shared = 4 * tile + tile / 2 + 4 * 1024 + SLACK;
     if !summed {
-        let shared = 5 * tile + 4 * 1024 + SLACK;
         return launch_tensor(r, p, "attn_dkv_tc", (blocks, 384, shared), params);
     }
-    let shared = 4 * tile + 3 * 1024 + 4 * 128 * TILE + SLACK;
+    let shared = shared + 4 * 128 * TILE;
     let defines = || vec![define("P", p), define("TENSOR", 1), define("SUMS", 1)];
     let stem = ("attention", "attn_dkv_tc");
     r.launch_shared(stem, defines(), [blocks, 1, 1], 384, shared, params);

@@ -86,6 +86,10 @@ template <int N> __device__ __forceinline__ void pin(u32 (&d)[N]) {
 // Describes a tile to the tensor cores. Rows along the sum (K-major): steps of 8 rows are 1024 bytes apart. Rows across it (transposed
 // operand): 8 steps of the sum are 1024 bytes, and blocks of 64 columns lie `block` bytes apart.
 __device__ __forceinline__ u64 operand(u32 at, u32 block = 16) { return (u64)((at & 0x3ffff) >> 4) | (u64)(block >> 4) << 16 | (u64)64 << 32 | (u64)1 << 62; }
+// An operand so many bytes further on.
+__device__ __forceinline__ u64 along(u64 operand, u32 bytes) { return operand + (bytes >> 4); }
+// What is the same in all lanes, said to the compiler: operands made of it stay in registers of the warp.
+__device__ __forceinline__ int uniform(int v) { return __shfl_sync(FULL, v, 0); }
 #define D4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define D16(i) D4(i), D4(i + 4), D4(i + 8), D4(i + 12)
 #define D32(i) D16(i), D16(i + 16)

@@ -65,8 +65,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_fwd_tc(const __grid_co
         return;
     }
     registers_more<232>();
-    int w = group - 1, warp = (threadIdx.x >> 5) & 3, row = 64 * w + 16 * warp + (lane >> 2);
+    int w = uniform(group - 1), warp = (threadIdx.x >> 5) & 3, row = 64 * w + 16 * warp + (lane >> 2);
     float sl = scale * LOG2E;
+    u64 qd = operand(qs + w * 8192);
     // Whose turn it is to issue products: a warpgroup computes its softmax under the products of the other.
     if (w == 1) named_arrive(1, 256);
     int n = 0, stage = 0, phase = 0;
@@ -82,9 +83,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_fwd_tc(const __grid_co
         float o[32 * HB], s[KN / 2], top[2] = {-INF, -INF}, sum[2] = {0, 0}, fix[2];
         u32 p[KN / 4];
         auto scores = [&](int st) {
+            u64 kd = operand(ks + st * K_BYTES);
 #pragma unroll
             for (int kk = 0; kk < 4 * HB; kk++)
-                mma<0, 0>(s, operand(qs + (kk >> 2) * QM * 128 + w * 8192 + (kk & 3) * 32), operand(ks + st * K_BYTES + (kk >> 2) * KN * 128 + (kk & 3) * 32), kk > 0);
+                mma<0, 0>(s, along(qd, (kk >> 2) * QM * 128 + (kk & 3) * 32), along(kd, (kk >> 2) * KN * 128 + (kk & 3) * 32), kk > 0);
         };
         // Slots after those of the queries may hold anything, which no share of 0 makes 0: each warpgroup clears them for itself.
         auto clear = [&](int st, int j) {
@@ -98,8 +100,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_fwd_tc(const __grid_co
             named_wait(3 + w, 128);
         };
         auto values = [&](int st, int add) {
+            u64 vd = operand(vs + st * K_BYTES, KN * 128);
 #pragma unroll
-            for (int kk = 0; kk < KN / 16; kk++) mma<1>(o, p + 4 * kk, operand(vs + st * K_BYTES + kk * 2048, KN * 128), add || kk > 0);
+            for (int kk = 0; kk < KN / 16; kk++) mma<1>(o, p + 4 * kk, along(vd, kk * 2048), add || kk > 0);
         };
         auto softmax = [&](int j) {
             int c0 = j * KN;
@@ -243,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_dq_tc(const __grid_con
         return;
     }
     registers_more<232>();
-    int w = group - 1, warp = (threadIdx.x >> 5) & 3, q0 = t0 + 64 * w + 16 * warp + (lane >> 2), q1 = q0 + 8;
+    int w = uniform(group - 1), warp = (threadIdx.x >> 5) & 3, q0 = t0 + 64 * w + 16 * warp + (lane >> 2), q1 = q0 + 8;
     float sl = scale * LOG2E, ls[2], dl[2];
     i64 at = (i64)head * T + q0;
     ls[0] = q0 < T ? lse[at] * LOG2E : INF;
@@ -256,18 +259,20 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_dq_tc(const __grid_con
     u32 df[32];
 #pragma unroll
     for (int x = 0; x < 32 * HB; x++) o[x] = 0;
+    u64 qd = operand(qs + w * 8192), od = operand(os + w * 8192);
     int stage = 0, phase = 0;
     bar_wait(q_full, 0);
     for (int j = last; j >= first; j--) {
-        u32 kt = ks + stage * T_BYTES, vt = vs + stage * T_BYTES, pf[32];
+        u32 pf[32];
+        u64 kd = operand(ks + stage * T_BYTES), vd = operand(vs + stage * T_BYTES), kd_across = operand(ks + stage * T_BYTES, 16384);
         bar_wait(k_full + 8 * stage, phase);
         mma_begin();
 #pragma unroll
-        for (int kk = 0; kk < 4 * HB; kk++) mma<0, 0>(s, operand(qs + (kk >> 2) * 16384 + w * 8192 + (kk & 3) * 32), operand(kt + (kk >> 2) * 16384 + (kk & 3) * 32), kk > 0);
+        for (int kk = 0; kk < 4 * HB; kk++) mma<0, 0>(s, along(qd, (kk >> 2) * 16384 + (kk & 3) * 32), along(kd, (kk >> 2) * 16384 + (kk & 3) * 32), kk > 0);
         mma_commit();
         bar_wait(v_full + 8 * stage, phase);
 #pragma unroll
-        for (int kk = 0; kk < 4 * HB; kk++) mma<0, 0>(dp, operand(os + (kk >> 2) * 16384 + w * 8192 + (kk & 3) * 32), operand(vt + (kk >> 2) * 16384 + (kk & 3) * 32), kk > 0);
+        for (int kk = 0; kk < 4 * HB; kk++) mma<0, 0>(dp, along(od, (kk >> 2) * 16384 + (kk & 3) * 32), along(vd, (kk >> 2) * 16384 + (kk & 3) * 32), kk > 0);
         mma_commit();
         mma_wait<1>();
         pin(s);
@@ -289,7 +294,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_dq_tc(const __grid_con
         pin(o);
         mma_begin();
 #pragma unroll
-        for (int kk = 0; kk < 8; kk++) mma<1>(o, df + 4 * kk, operand(kt + kk * 2048, 16384), 1);
+        for (int kk = 0; kk < 8; kk++) mma<1>(o, df + 4 * kk, along(kd_across, kk * 2048), 1);
         mma_commit();
         mma_wait<0>();
         pin(o);
@@ -302,34 +307,38 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_dq_tc(const __grid_con
 // dk, dv: blocks of 128 keys of one group over tiles of 64 queries of each of its heads; the products are transposed, so that keys are
 // rows. The warp that brings tiles also writes each query's log-sum-exp, delta and first key, and says where the tile begins; -1 ends.
 // With SUMS, heads of two blocks of 64: the block's share of dq, unscaled, is added to sums too, in whatever order blocks run. Each
-// warpgroup adds one block of 64 columns, from shares that both have written to shared memory, keys as rows. The layout of sums is
-// [B H tile column-block] and then that of the registers of a warpgroup, which go there by way of shared memory.
-#ifdef SUMS
-#define KV_STAGES 2
-#else
-#define KV_STAGES 3
-#endif
+// warpgroup adds one block of 64 columns, from shares that both have written to shared memory, keys as rows; a tile later, so that neither
+// waits for the other, and one multiplies while the other does not. The layout of sums is [B H tile column-block warp] and then that of the
+// registers of a warp, which go there by way of shared memory.
+#define Q_STAGES 3
+#define O_STAGES 2
 #define W_BYTES (HB * 64 * 128)
 #define AUX 1024
 extern "C" __global__ void __launch_bounds__(384, 1) attn_dkv_tc(const __grid_constant__ TensorMap mq, const __grid_constant__ TensorMap mk, const __grid_constant__ TensorMap mv, const __grid_constant__ TensorMap mo, const int* pos, const float* lse, const float* delta, bf16* dk, bf16* dv, float* sums, int B, int T, int H, int G, float scale, int window, int section) {
     u32 base = (shared_address(smem) + 1023) & ~1023u;
-    u32 ks = base, vs = ks + T_BYTES, qs = vs + T_BYTES, os = qs + KV_STAGES * W_BYTES, aux = os + KV_STAGES * W_BYTES, bars = aux + KV_STAGES * AUX, shares = bars + 1024, sent = shares + 32768;
+    u32 ks = base, vs = ks + T_BYTES, qs = vs + T_BYTES, os = qs + Q_STAGES * W_BYTES, aux = os + O_STAGES * W_BYTES, bars = aux + Q_STAGES * AUX, shares = bars + 1024, sent = shares + 32768;
     char* aux_at = (char*)smem + (aux - shared_address(smem));
-    u32 kv_full = bars, full = bars + 8, empty = full + 8 * KV_STAGES;
+    u32 kv_full = bars, q_full = bars + 8, q_empty = q_full + 8 * Q_STAGES, o_full = q_empty + 8 * Q_STAGES, o_empty = o_full + 8 * O_STAGES, shares_full = o_empty + 8 * O_STAGES, shares_empty = shares_full + 16;
     int group = threadIdx.x >> 7, lane = threadIdx.x & 31, tiles = (T + 127) / 128, m, head;
     tile_of(blockIdx.x, tiles, B * G, section, m, head);
     int b = head / G, g = head % G, c0 = (tiles - 1 - m) * 128;
     if (threadIdx.x == 0) {
         bar_init(kv_full, 1);
-        for (int i = 0; i < KV_STAGES; i++) {
-            bar_init(full + 8 * i, 32);
-            bar_init(empty + 8 * i, 256);
+        for (int i = 0; i < Q_STAGES; i++) {
+            bar_init(q_full + 8 * i, 32);
+            bar_init(q_empty + 8 * i, 256);
+        }
+        for (int i = 0; i < O_STAGES; i++) {
+            bar_init(o_full + 8 * i, 1);
+            bar_init(o_empty + 8 * i, 256);
+            bar_init(shares_full + 8 * i, 256);
+            bar_init(shares_empty + 8 * i, 256);
         }
         bar_init_done();
     }
     __syncthreads();
     if (group == 0) {
-        registers_less<40>();
+        registers_less<24>();
         if (threadIdx.x >= 32) return;
         if (lane == 0) {
             bar_expect(kv_full, 2 * T_BYTES);
@@ -338,10 +347,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_dkv_tc(const __grid_co
                 copy_box(vs + x * 16384, &mv, kv_full, 64 * x, c0, g, b);
             }
         }
-        int stage = 0, phase = 0, end = T;
+        int stage = 0, phase = 0, o_stage = 0, o_phase = 0, end = T;
         if (window < T && c0 + 127 + window < T) end = c0 + 127 + window;
         // Tiles with a query that sees one of the keys, one bit each, for as many tiles as there is room for.
-        u32* seen_by = (u32*)(aux_at + KV_STAGES * AUX + 256);
+        u32* seen_by = (u32*)(aux_at + Q_STAGES * AUX + 256);
         if (pos)
             for (int w = 0; w < 192 && c0 + w * 2048 < end; w++) {
                 u32 bits = 0;
@@ -373,7 +382,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_dkv_tc(const __grid_co
                     most = max(most, low[i]);
                 }
                 most = __reduce_max_sync(FULL, most);
-                bar_wait(empty + 8 * stage, phase ^ 1);
+                bar_wait(q_empty + 8 * stage, phase ^ 1);
                 float* to = (float*)(aux_at + stage * AUX);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
@@ -385,42 +394,78 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_dkv_tc(const __grid_co
                     ((int*)to)[192] = t0;
                     ((int*)to)[193] = most;
                     ((int*)to)[194] = h;
-                    bar_expect(full + 8 * stage, 2 * W_BYTES);
-                    for (int x = 0; x < HB; x++) {
-                        copy_box(qs + stage * W_BYTES + x * 8192, &mq, full + 8 * stage, 64 * x, t0, h, b);
-                        copy_box(os + stage * W_BYTES + x * 8192, &mo, full + 8 * stage, 64 * x, t0, h, b);
-                    }
-                } else bar_arrive(full + 8 * stage);
-                if (++stage == KV_STAGES) { stage = 0; phase ^= 1; }
+                    bar_expect(q_full + 8 * stage, W_BYTES);
+                    for (int x = 0; x < HB; x++) copy_box(qs + stage * W_BYTES + x * 8192, &mq, q_full + 8 * stage, 64 * x, t0, h, b);
+                    bar_wait(o_empty + 8 * o_stage, o_phase ^ 1);
+                    bar_expect(o_full + 8 * o_stage, W_BYTES);
+                    for (int x = 0; x < HB; x++) copy_box(os + o_stage * W_BYTES + x * 8192, &mo, o_full + 8 * o_stage, 64 * x, t0, h, b);
+                } else bar_arrive(q_full + 8 * stage);
+                __syncwarp();
+                if (++stage == Q_STAGES) { stage = 0; phase ^= 1; }
+                if (++o_stage == O_STAGES) { o_stage = 0; o_phase ^= 1; }
             }
-        bar_wait(empty + 8 * stage, phase ^ 1);
+        bar_wait(q_empty + 8 * stage, phase ^ 1);
         if (lane == 0) *(int*)(aux_at + stage * AUX + 768) = -1;
-        bar_arrive(full + 8 * stage);
+        bar_arrive(q_full + 8 * stage);
         return;
     }
-    registers_more<232>();
-    int w = group - 1, warp = (threadIdx.x >> 5) & 3, k0 = c0 + 64 * w + 16 * warp + (lane >> 2), k1 = k0 + 8;
+    registers_more<240>();
+    int w = uniform(group - 1), warp = (threadIdx.x >> 5) & 3, k0 = c0 + 64 * w + 16 * warp + (lane >> 2), k1 = k0 + 8;
     int least = c0 + 64 * w + 16 * warp, most = least + 15;
-    float sl = scale * LOG2E, ak[32 * HB], av[32 * HB], s[32], dp[32];
-    u32 pf[16], df[16];
+    float sl = scale * LOG2E, ak[32 * HB], av[32 * HB];
+    u32 df[16];
 #pragma unroll
     for (int x = 0; x < 32 * HB; x++) ak[x] = av[x] = 0;
-    int stage = 0, phase = 0, turn = 0;
-    auto scores = [&](int st) {
 #pragma unroll
-        for (int kk = 0; kk < 4 * HB; kk++) mma<0, 0>(s, operand(ks + (kk >> 2) * 16384 + w * 8192 + (kk & 3) * 32), operand(qs + st * W_BYTES + (kk >> 2) * 8192 + (kk & 3) * 32), kk > 0);
+    for (int x = 0; x < 16; x++) df[x] = 0;
+    u64 kd = operand(ks + w * 8192), vd = operand(vs + w * 8192);
+    int stage = 0, phase = 0, before = -1, o_stage = 0, o_phase = 0;
+#ifdef SUMS
+    // Tile n's shares lie in buffer n & 1, in rows of keys; this lane names the row of one of four blocks of 8 x 8: two of rows, two of columns.
+    int n = 0, place = 0;
+    u32 own_row = (64 * w + 16 * warp + (lane & 15)) * 128 + ((lane >> 4 ^ lane & 7) << 4);
+    auto shares_of = [&](int n) { return shares + (n & 1) * 16384; };
+    u64 kd_across = operand(ks + w * 16384);
+    auto dq_products = [&](float (&dq)[32], int n) {
+        u64 sd = operand(shares_of(n));
+#pragma unroll
+        for (int kk = 0; kk < 8; kk++) mma<1, 1>(dq, along(sd, kk * 2048), along(kd_across, kk * 2048), kk > 0);
     };
-    bar_wait(kv_full, 0);
-    for (;;) {
-        bar_wait(full + 8 * stage, phase);
-        int t0 = *(int*)(aux_at + stage * AUX + 768);
-        if (t0 < 0) break;
-        mma_begin();
-        scores(stage);
-        mma_commit();
-        const float* of = (const float*)(aux_at + stage * AUX) + 2 * (lane & 3);
+    // Each warp sends its own rows.
+    auto send = [&](const float (&dq)[32], bool on) {
+        u32 to = sent + w * 16384 + warp * 4096;
+        if (lane == 0) adds_read<0>();
+        __syncwarp();
 #pragma unroll
-        for (int kk = 0; kk < 4 * HB; kk++) mma<0, 0>(dp, operand(vs + (kk >> 2) * 16384 + w * 8192 + (kk & 3) * 32), operand(os + stage * W_BYTES + (kk >> 2) * 8192 + (kk & 3) * 32), kk > 0);
+        for (int x = 0; x < 8; x++)
+            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(to + x * 512 + lane * 16), "f"(dq[4 * x]), "f"(dq[4 * x + 1]), "f"(dq[4 * x + 2]), "f"(dq[4 * x + 3]) : "memory");
+        fence_shared();
+        __syncwarp();
+        if (on && lane == 0) add_floats(sums + ((i64)place * 2 + w) * 4096 + warp * 1024, to, 4096);
+    };
+#endif
+    bar_wait(kv_full, 0);
+    bar_wait(q_full, 0);
+    int t0 = *(const int*)(aux_at + 768);
+    do {
+        // Products that begin at 0 take variables of their own, so that what was in them before takes no registers.
+        float s[32], dp[32];
+        u32 pf[16];
+        const float* of = (const float*)(aux_at + stage * AUX) + 2 * (lane & 3);
+        u64 qd = operand(qs + stage * W_BYTES), od = operand(os + o_stage * W_BYTES), qd_across = operand(qs + stage * W_BYTES, 8192), od_across = operand(os + o_stage * W_BYTES, 8192);
+        mma_begin();
+#pragma unroll
+        for (int kk = 0; kk < 4 * HB; kk++) mma<0, 0>(s, along(kd, (kk >> 2) * 16384 + (kk & 3) * 32), along(qd, (kk >> 2) * 8192 + (kk & 3) * 32), kk > 0);
+        mma_commit();
+        // The last products of the tile before have ended.
+        mma_wait<1>();
+        pin(df);
+        pin(ak);
+        if (before >= 0) bar_arrive(q_empty + 8 * before);
+        bar_wait(o_full + 8 * o_stage, o_phase);
+        mma_begin();
+#pragma unroll
+        for (int kk = 0; kk < 4 * HB; kk++) mma<0, 0>(dp, along(vd, (kk >> 2) * 16384 + (kk & 3) * 32), along(od, (kk >> 2) * 8192 + (kk & 3) * 32), kk > 0);
         mma_commit();
         mma_wait<1>();
         pin(s);
@@ -447,7 +492,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_dkv_tc(const __grid_co
         pin(pf);
         mma_begin();
 #pragma unroll
-        for (int kk = 0; kk < 4; kk++) mma<1>(av, pf + 4 * kk, operand(os + stage * W_BYTES + kk * 2048, 8192), 1);
+        for (int kk = 0; kk < 4; kk++) mma<1>(av, pf + 4 * kk, along(od_across, kk * 2048), 1);
         mma_commit();
         mma_wait<1>();
         pin(dp);
@@ -459,54 +504,64 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_dkv_tc(const __grid_co
         }
         pin(df);
 #ifdef SUMS
-        u32 buffer = shares + turn * 16384;
-        turn ^= 1;
+        // Shares of this tile for both warpgroups; the buffer has been read for the tile two before.
+        bar_wait(shares_empty + 8 * (n & 1), (n >> 1 & 1) ^ 1);
 #pragma unroll
-        for (int x = 0; x < 8; x++)
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                int row = 64 * w + 16 * warp + (lane >> 2) + 8 * r;
-                asm volatile("st.shared.u32 [%0], %1;" ::"r"(buffer + row * 128 + ((x ^ (row & 7)) << 4) + (lane & 3) * 4), "r"(df[2 * x + r]) : "memory");
-            }
+        for (int x = 0; x < 4; x++)
+            asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shares_of(n) + (own_row ^ x << 5)), "r"(df[4 * x]), "r"(df[4 * x + 1]), "r"(df[4 * x + 2]), "r"(df[4 * x + 3]) : "memory");
         fence_shared();
-        // What was sent for the tile before has been read. A buffer of shares is written again only after the barrier of the tile between,
-        // which nobody passes before its products have ended.
-        if ((threadIdx.x & 127) == 0) adds_read<0>();
-        named_wait(1, 256);
-        // dq before dk, so that dq's way to memory is covered by the products of dk.
+        bar_arrive(shares_full + 8 * (n & 1));
+#endif
+        mma_wait<0>();
+        pin(av);
+        pin(pf);
+        bar_arrive(o_empty + 8 * o_stage);
+        if (++o_stage == O_STAGES) { o_stage = 0; o_phase ^= 1; }
+#ifdef SUMS
+        // dq of the tile before, for which the other warpgroup had a whole tile's time; of the first tile's nobody reads what comes of it.
         float dq[32];
+        if (n > 0) bar_wait(shares_full + 8 * (n - 1 & 1), n - 1 >> 1 & 1);
         mma_begin();
-#pragma unroll
-        for (int kk = 0; kk < 8; kk++) mma<1, 1>(dq, operand(buffer + kk * 2048), operand(ks + w * 16384 + kk * 2048), kk > 0);
+        dq_products(dq, n - 1);
         mma_commit();
 #else
         mma_begin();
 #endif
 #pragma unroll
-        for (int kk = 0; kk < 4; kk++) mma<1>(ak, df + 4 * kk, operand(qs + stage * W_BYTES + kk * 2048, 8192), 1);
+        for (int kk = 0; kk < 4; kk++) mma<1>(ak, df + 4 * kk, along(qd_across, kk * 2048), 1);
         mma_commit();
 #ifdef SUMS
         mma_wait<1>();
         pin(dq);
-#pragma unroll
-        for (int x = 0; x < 8; x++)
-            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(sent + w * 16384 + x * 2048 + (threadIdx.x & 127) * 16), "f"(dq[4 * x]), "f"(dq[4 * x + 1]), "f"(dq[4 * x + 2]), "f"(dq[4 * x + 3]) : "memory");
-        fence_shared();
-        named_wait(2 + w, 128);
-        int h = ((const int*)(aux_at + stage * AUX))[194];
-        if ((threadIdx.x & 127) == 0) add_floats(sums + ((((i64)b * H + h) * ((T + 63) / 64) + t0 / 64) * 2 + w) * 4096, sent + w * 16384, 16384);
+        if (n > 0) bar_arrive(shares_empty + 8 * (n - 1 & 1));
+        send(dq, n > 0);
+        place = (b * H + ((const int*)(aux_at + stage * AUX))[194]) * ((T + 63) / 64) + t0 / 64;
+        n++;
 #endif
-        mma_wait<0>();
-        pin(ak);
-        pin(av);
-        bar_arrive(empty + 8 * stage);
-        if (++stage == KV_STAGES) { stage = 0; phase ^= 1; }
-    }
+        before = stage;
+        if (++stage == Q_STAGES) { stage = 0; phase ^= 1; }
+        bar_wait(q_full + 8 * stage, phase);
+        t0 = *(const int*)(aux_at + stage * AUX + 768);
+    } while (t0 >= 0);
+#ifdef SUMS
+    float dq[32];
+    bar_wait(shares_full + 8 * (n - 1 & 1), n - 1 >> 1 & 1);
+    mma_begin();
+    dq_products(dq, n - 1);
+    mma_commit();
+    mma_wait<0>();
+    pin(dq);
+    send(dq, true);
+#else
+    mma_wait<0>();
+#endif
+    pin(df);
+    pin(ak);
     i64 at = (((i64)b * T + k0) * G + g) * P;
     store_rows(dk + at, (i64)G * P, ak, scale, scale, k0 < T, k1 < T, P);
     store_rows(dv + at, (i64)G * P, av, 1.f, 1.f, k0 < T, k1 < T, P);
 #ifdef SUMS
-    if ((threadIdx.x & 127) == 0) adds_done();
+    if (lane == 0) adds_done();
 #endif
 }
 #ifdef SUMS
@@ -517,11 +572,11 @@ KERNEL attn_scale_tc(const float* sums, bf16* dq, int B, int T, int H, float sca
     i64 tile = i >> 3, head = tile / tiles;
     if (head >= (i64)B * H) return;
     int t = (int)(tile % tiles) * 64 + 16 * warp + (lane >> 2);
-    const float4* from = (const float4*)(sums + (i >> 2) * 4096) + warp * 32 + lane;
+    const float4* from = (const float4*)(sums + (i >> 2) * 4096 + warp * 1024) + lane;
     float d[32];
 #pragma unroll
     for (int x = 0; x < 8; x++) {
-        float4 v = from[x * 128];
+        float4 v = from[x * 32];
         d[4 * x] = v.x, d[4 * x + 1] = v.y, d[4 * x + 2] = v.z, d[4 * x + 3] = v.w;
     }
     store_rows(dq + ((head / H * T + t) * H + head % H) * P + 64 * w, (i64)H * P, d, scale, scale, t < T, t + 8 < T, P - 64 * w);

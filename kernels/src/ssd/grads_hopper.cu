@@ -61,8 +61,8 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
     Sums* sums = (Sums*)(steps + 4);
     int* begin = (int*)(sums + 4);
     i64 row = bi * T + t0;
-    int slices = rows / 64, n_it = (h_to - h_from) * slices, w = UNIFORM(threadIdx.x >> 7), local = threadIdx.x & 127;
-    warp = UNIFORM(warp);
+    int slices = rows / 64, n_it = (h_to - h_from) * slices, w = uniform(threadIdx.x >> 7), local = threadIdx.x & 127;
+    warp = uniform(warp);
     // Each warpgroup waits for what it reads and for room for what it writes, not for the other ones.
     __shared__ __align__(8) u64 bars[2 * STAGES + 4];
     Ring<STAGES> ring(bars, 128, 256);
@@ -192,7 +192,7 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
                 pin(cb);
                 mma_begin();
 #pragma unroll
-                for (int kk = 0; kk < NN / 16; kk++) mma<0, 0>(cb, operand(ctile + (kk >> 2) * PLANE + (kk & 3) * 32), operand(btile + (kk >> 2) * PLANE + (kk & 3) * 32), kk > 0);
+                for (int kk = 0; kk < NN / 16; kk++) mma<0, 0>(cb, along(operand(ctile), (kk >> 2) * PLANE + (kk & 3) * 32), along(operand(btile), (kk >> 2) * PLANE + (kk & 3) * 32), kk > 0);
                 mma_commit();
                 mma_wait<0>();
                 pin(cb);
@@ -208,9 +208,9 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
             pin(gc);
             mma_begin();
 #pragma unroll
-            for (int kk = 0; kk < 4; kk++) mma<0>(dm, dyw + 4 * kk, operand(xt + kk * 32), kk > 0);
+            for (int kk = 0; kk < 4; kk++) mma<0>(dm, dyw + 4 * kk, along(operand(xt), kk * 32), kk > 0);
 #pragma unroll
-            for (int kk = 0; kk < 4; kk++) mma<1>(gc, weighted + 4 * kk, operand(st_ + kk * 2048, PLANE), 1);
+            for (int kk = 0; kk < 4; kk++) mma<1>(gc, weighted + 4 * kk, along(operand(st_, PLANE), kk * 2048), 1);
             mma_commit();
             float ref = wr ? cm[wr - 1] : 0.f, f0 = exp2_fast(c0 - ref), f1 = exp2_fast(c1 - ref), r0 = 0, r1 = 0, diag = 0;
             int b0 = start < 0 ? 0 : begin[q0], b1 = start < 0 ? 0 : begin[q0 + 8];
@@ -299,7 +299,7 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
         pin(gc);
         mma_begin();
 #pragma unroll
-        for (int kk = 0; kk < 4; kk++) mma<0, 1>(gc, operand(mtiles + ms.stage * PLANE + kk * 32), operand(btile + kk * 2048, PLANE), 1);
+        for (int kk = 0; kk < 4; kk++) mma<0, 1>(gc, along(operand(mtiles + ms.stage * PLANE), kk * 32), along(operand(btile, PLANE), kk * 2048), 1);
         mma_commit();
         mma_wait<0>();
         pin(gc);
@@ -327,10 +327,10 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
             pin(gb);
             mma_begin();
 #pragma unroll
-            for (int kk = 0; kk < NN / 16; kk++) mma<0, 0>(acc, operand(btile + (kk >> 2) * PLANE + (kk & 3) * 32), operand(dst + (kk >> 2) * PLANE + (kk & 3) * 32), kk > 0);
+            for (int kk = 0; kk < NN / 16; kk++) mma<0, 0>(acc, along(operand(btile), (kk >> 2) * PLANE + (kk & 3) * 32), along(operand(dst), (kk >> 2) * PLANE + (kk & 3) * 32), kk > 0);
             mma_commit();
 #pragma unroll
-            for (int kk = 0; kk < 4; kk++) mma<1>(gb, weighted + 4 * kk, operand(dst + kk * 2048, PLANE), 1);
+            for (int kk = 0; kk < 4; kk++) mma<1>(gb, weighted + 4 * kk, along(operand(dst, PLANE), kk * 2048), 1);
             mma_commit();
             // The diagonal of s ds'.
             float upper[4] = {}, lower[4] = {};
@@ -357,7 +357,7 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
             pin(acc);
             mma_begin();
 #pragma unroll
-            for (int kk = 0; kk < 4; kk++) mma<1, 1>(acc, operand(mtile + kk * 2048), operand(dyt + kk * 2048), 1);
+            for (int kk = 0; kk < 4; kk++) mma<1, 1>(acc, along(operand(mtile), kk * 2048), along(operand(dyt), kk * 2048), 1);
             mma_commit();
             across = warp_sum(across);
             into = warp_sum(into);
@@ -407,7 +407,7 @@ KERNEL __launch_bounds__(GRADERS, 1) ssd_grads(const bf16* x, const TA2* a, cons
         pin(gb);
         mma_begin();
 #pragma unroll
-        for (int kk = 0; kk < 4; kk++) mma<1, 1>(gb, operand(mtiles + ms.stage * PLANE + kk * 2048), operand(ctile + kk * 2048, PLANE), 1);
+        for (int kk = 0; kk < 4; kk++) mma<1, 1>(gb, along(operand(mtiles + ms.stage * PLANE), kk * 2048), along(operand(ctile, PLANE), kk * 2048), 1);
         mma_commit();
         mma_wait<0>();
         pin(gb);

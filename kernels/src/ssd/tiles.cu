@@ -139,7 +139,6 @@ template <int N, class Bring, class After> __device__ __forceinline__ void fill(
     }
 }
 // What all lanes of a warp know to be one number.
-#define UNIFORM(x) __shfl_sync(FULL, x, 0)
 __device__ __forceinline__ void stsm4(u32 at, u32 a, u32 b, u32 c, u32 d) { asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory"); }
 // This warp's 16 rows of an accumulator [64][16 COUNT], as pairs of bf16.
 template <int COUNT> __device__ __forceinline__ void put_pairs(u32 to, const u32* v) {

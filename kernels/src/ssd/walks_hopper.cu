@@ -58,8 +58,8 @@ template <bool BACK> __device__ __forceinline__ void walk(const bf16* u, const b
     LANE
     Own own(H, P, G);
     i64 b = blockIdx.z;
-    int per = (chunk + Q - 1) / Q, chunks = (T + chunk - 1) / chunk, tiles = chunks * per, parts = gridDim.y, w = UNIFORM(threadIdx.x >> 7);
-    warp = UNIFORM(warp);
+    int per = (chunk + Q - 1) / Q, chunks = (T + chunk - 1) / chunk, tiles = chunks * per, parts = gridDim.y, w = uniform(threadIdx.x >> 7);
+    warp = uniform(warp);
     Tiles at = {T, chunk, per};
     int from = blockIdx.y * part_chunks * per, to = from + part_chunks * per;
     to = to < tiles ? to : tiles;
@@ -103,7 +103,7 @@ template <bool BACK> __device__ __forceinline__ void walk(const bf16* u, const b
         pin(s);
         mma_begin();
 #pragma unroll
-        for (int kk = 0; kk < Q / 16; kk++) mma<1>(s, x + 4 * kk, operand(vtile + kk * 2048, PLANE), 1);
+        for (int kk = 0; kk < Q / 16; kk++) mma<1>(s, x + 4 * kk, along(operand(vtile, PLANE), kk * 2048), 1);
         mma_commit();
         if (out) {
             __syncwarp();
@@ -128,8 +128,8 @@ KERNEL __launch_bounds__(WALKERS, 1) ssd_tiles(const bf16* x, const bf16* b, con
     LANE
     Own own(H, P, G);
     i64 bi = blockIdx.z;
-    int per = (chunk + Q - 1) / Q, chunks = (T + chunk - 1) / chunk, tiles = chunks * per, parts = gridDim.y, w = UNIFORM(threadIdx.x >> 7);
-    warp = UNIFORM(warp);
+    int per = (chunk + Q - 1) / Q, chunks = (T + chunk - 1) / chunk, tiles = chunks * per, parts = gridDim.y, w = uniform(threadIdx.x >> 7);
+    warp = uniform(warp);
     Tiles at = {T, chunk, per};
     int from = blockIdx.y * part_chunks * per, to = from + part_chunks * per;
     to = to < tiles ? to : tiles;
@@ -163,10 +163,19 @@ KERNEL __launch_bounds__(WALKERS, 1) ssd_tiles(const bf16* x, const bf16* b, con
     float s[NN / 2], skip = d ? ld(d, own.h0 + w) : 0.f;
     load_rows(s, init ? init + ((bi * parts + blockIdx.y) * H + own.h0 + w) * P * N : init, own.p0, P, N);
     put_rows<NN / 16>(stile, s);
+    // Outputs leave shared memory while the products of the next tile are under way.
+    bf16* to_y = y;
+    int on_y = 0;
+    auto leave = [&] {
+        int q = wr + (lane >> 3), p = (lane & 7) * 8;
+        bf16* o = to_y;
+#pragma unroll
+        for (int e = 0; e < 4; e++, q += 4, o += (i64)4 * H * P)
+            if (q < on_y) put8(o, ytile + tile<64>(q, p), P - own.p0 - p);
+    };
     Cursor cursor(at, from);
     i64 chunk_at = bi * chunks + from / per;
     for (int k = from; k < to; k++, cursor.next(), ring.next()) {
-        int len = cursor.len();
         fence_shared();
         named_wait(1 + w, 128);
         ring.wait_full();
@@ -181,19 +190,20 @@ KERNEL __launch_bounds__(WALKERS, 1) ssd_tiles(const bf16* x, const bf16* b, con
         pin(ya);
         mma_begin();
 #pragma unroll
-        for (int kk = 0; kk < NN / 16; kk++) mma<0, 0>(cb, operand(ctile + (kk >> 2) * PLANE + (kk & 3) * 32), operand(btile + (kk >> 2) * PLANE + (kk & 3) * 32), kk > 0);
-#pragma unroll
-        for (int kk = 0; kk < NN / 16; kk++) mma<0, 0>(ya, operand(ctile + (kk >> 2) * PLANE + (kk & 3) * 32), operand(stile + (kk >> 2) * PLANE + (kk & 3) * 32), kk > 0);
+        for (int kk = 0; kk < NN / 16; kk++) mma<0, 0>(cb, along(operand(ctile), (kk >> 2) * PLANE + (kk & 3) * 32), along(operand(btile), (kk >> 2) * PLANE + (kk & 3) * 32), kk > 0);
         mma_commit();
+#pragma unroll
+        for (int kk = 0; kk < NN / 16; kk++) mma<0, 0>(ya, along(operand(ctile), (kk >> 2) * PLANE + (kk & 3) * 32), along(operand(stile), (kk >> 2) * PLANE + (kk & 3) * 32), kk > 0);
+        mma_commit();
+        leave();
         float last = cm[Q - 1], decay = start < 0 ? exp2_fast(last) : 0.f;
         u32 xw[16];
         weighted_rows(xw, xtile, [&](int q) { return q >= start ? exp2_fast(last - ky[q]) : 0.f; });
         // What precedes this warp's rows: the decay up to them times the decay from there on.
         float c0 = cm[q0], c1 = cm[q0 + 8], ref = wr ? cm[wr - 1] : 0.f, f0 = exp2_fast(c0 - ref), f1 = exp2_fast(c1 - ref);
         int b0 = start < 0 ? 0 : sc.first[q0], b1 = start < 0 ? 0 : sc.first[q0 + 8];
-        mma_wait<0>();
+        mma_wait<1>();
         pin(cb);
-        pin(ya);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
             int col = j * 8 + t * 2;
@@ -228,6 +238,8 @@ KERNEL __launch_bounds__(WALKERS, 1) ssd_tiles(const bf16* x, const bf16* b, con
 #pragma unroll
         for (int i = 0; i < 16; i++) m[i] = pack(cb[2 * i], cb[2 * i + 1]);
         float w0 = start < 0 || sc.first[q0] < 0 ? exp2_fast(c0) : 0.f, w1 = start < 0 || sc.first[q0 + 8] < 0 ? exp2_fast(c1) : 0.f;
+        mma_wait<0>();
+        pin(ya);
 #pragma unroll
         for (int i = 0; i < 32; i++) ya[i] *= i & 2 ? w1 : w0;
 #pragma unroll
@@ -238,29 +250,28 @@ KERNEL __launch_bounds__(WALKERS, 1) ssd_tiles(const bf16* x, const bf16* b, con
         pin(s);
         mma_begin();
 #pragma unroll
-        for (int kk = 0; kk < Q / 16; kk++) mma<1>(ya, m + 4 * kk, operand(xtile + kk * 2048), 1);
-#pragma unroll
-        for (int kk = 0; kk < Q / 16; kk++) mma<1>(s, xw + 4 * kk, operand(btile + kk * 2048, PLANE), 1);
+        for (int kk = 0; kk < Q / 16; kk++) mma<1>(ya, m + 4 * kk, along(operand(xtile), kk * 2048), 1);
         mma_commit();
-        mma_wait<0>();
+#pragma unroll
+        for (int kk = 0; kk < Q / 16; kk++) mma<1>(s, xw + 4 * kk, along(operand(btile, PLANE), kk * 2048), 1);
+        mma_commit();
+        mma_wait<1>();
         pin(ya);
         pin(m);
+        __syncwarp();
+        put_rows<4>(ytile, ya);
+        on_y = cursor.len();
+        to_y = y + ((bi * T + cursor.start() + wr + (lane >> 3)) * H + own.h0 + w) * P + own.p0 + (lane & 7) * 8;
+        mma_wait<0>();
         pin(xw);
         pin(s);
         ring.freed();
-        put_rows<4>(ytile, ya);
-        __syncwarp();
-        {
-            int q = wr + (lane >> 3), p = (lane & 7) * 8, left = P - own.p0 - p;
-            bf16* o = y + ((bi * T + cursor.start() + q) * H + own.h0 + w) * P + own.p0 + p;
-#pragma unroll
-            for (int e = 0; e < 4; e++, q += 4, o += (i64)4 * H * P)
-                if (q < len) put8(o, ytile + tile<64>(q, p), left);
-        }
         // All warps have read what is written over here.
         named_wait(1 + w, 128);
         put_rows<NN / 16>(stile, s);
     }
+    __syncwarp();
+    leave();
     if (fin && blockIdx.y == parts - 1) save_rows(s, fin + (bi * H + own.h0 + w) * P * N, own.p0, P, N);
 }
 #define WALK_BOUNDS __launch_bounds__(WALKERS, 1)
