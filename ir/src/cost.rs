@@ -74,6 +74,13 @@ pub fn node_bytes(g: &Graph, node: &Node) -> f64 {
             let dw = (g.ty(x).last() * g.ty(dy).last() * 4) as f64;
             bytes(&x) + bytes(&dy) + if arg(2).is_some() { 2.0 * dw } else { dw }
         }
+        // Its rows of the buffer.
+        Op::LinearFp8(op) if op.accumulate => {
+            let operands = [0, 2].into_iter().filter_map(arg);
+            operands.map(|v| bytes(&v)).sum::<f64>() + 2.0 * op.y.bytes() as f64
+        }
+        // Once for the factor, once with it.
+        Op::Narrow(_) => all() + arg(0).map_or(0.0, |v| bytes(&v)),
         Op::Accumulate(_) => match arg(2) {
             Some(x) => bytes(&x) + 2.0 * (g.ty(x).len() * 4) as f64,
             None => 2.0 * arg(0).map_or(0.0, |v| bytes(&v)),
@@ -85,6 +92,7 @@ pub fn node_bytes(g: &Graph, node: &Node) -> f64 {
         Op::Last(_) => 2.0 * node.results.iter().map(bytes).sum::<f64>(),
         Op::Linear(_)
         | Op::LinearDx(_)
+        | Op::LinearFp8(_)
         | Op::RmsNorm(_)
         | Op::RmsNormBwd(_)
         | Op::Rope(_)
@@ -136,6 +144,7 @@ fn is_matmul(op: &Op) -> bool {
         Op::Linear(_)
             | Op::LinearDx(_)
             | Op::LinearDw(_)
+            | Op::LinearFp8(_)
             | Op::GroupedLinear(_)
             | Op::GroupedLinearDx(_)
             | Op::GroupedLinearDw(_)

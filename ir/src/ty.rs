@@ -14,6 +14,10 @@ pub enum DType {
     Bf16,
     /// IEEE half.
     F16,
+    /// 8 bits with 3 of mantissa, up to 448: what [`crate::op::Narrow`] makes of values and weights.
+    E4m3,
+    /// 8 bits with 2 of mantissa, up to 57344: what it makes of gradients.
+    E5m2,
     /// Token ids, positions, expert ids.
     I32,
 }
@@ -24,14 +28,15 @@ impl DType {
         match self {
             DType::F32 | DType::I32 => 4,
             DType::Bf16 | DType::F16 => 2,
+            DType::E4m3 | DType::E5m2 => 1,
         }
     }
 
-    /// Whether values of this type carry gradients.
+    /// Whether values of this type are numbers by themselves and carry gradients: those of 8 bits are not without their factor.
     pub fn is_float(self) -> bool {
         match self {
             DType::F32 | DType::Bf16 | DType::F16 => true,
-            DType::I32 => false,
+            DType::E4m3 | DType::E5m2 | DType::I32 => false,
         }
     }
 }
@@ -42,6 +47,8 @@ impl fmt::Display for DType {
             DType::F32 => "f32",
             DType::Bf16 => "bf16",
             DType::F16 => "f16",
+            DType::E4m3 => "e4m3",
+            DType::E5m2 => "e5m2",
             DType::I32 => "i32",
         })
     }

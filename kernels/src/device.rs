@@ -529,14 +529,15 @@ impl Device {
             DType::F32 | DType::I32 => ltsys::cudaDataType::CUDA_R_32F,
             DType::Bf16 => ltsys::cudaDataType::CUDA_R_16BF,
             DType::F16 => ltsys::cudaDataType::CUDA_R_16F,
+            DType::Eight(Eight::E4m3) => ltsys::cudaDataType::CUDA_R_8F_E4M3,
+            DType::Eight(Eight::E5m2) => ltsys::cudaDataType::CUDA_R_8F_E5M2,
         };
         let (m, n, k) = p.sizes;
-        let eight = |e: Eight| match e {
-            Eight::E4m3 => ltsys::cudaDataType::CUDA_R_8F_E4M3,
-            Eight::E5m2 => ltsys::cudaDataType::CUDA_R_8F_E5M2,
-        };
         let (kind_a, kind_b) = match &p.eights {
-            Some(e) => (eight(e.formats.0), eight(e.formats.1)),
+            Some(e) => (
+                kind(DType::Eight(e.formats.0)),
+                kind(DType::Eight(e.formats.1)),
+            ),
             None => (kind(p.input), kind(p.input)),
         };
         let layout = |kind: ltsys::cudaDataType, rows: usize, cols: usize| {

@@ -36,10 +36,11 @@ KERNEL most(const TA0* x, u32* most, i64 n) {
     m = block_max(m);
     if (threadIdx.x == 0) atomicMax(most, __float_as_uint(m));
 }
-// n is a multiple of 8, the address of 16 bytes.
+// n is a multiple of 8, the address of 16 bytes. Walks from behind, where caches still hold what was written last; whoever narrows then
+// walks from the front, where they hold what was read last.
 KERNEL most8(const TA0* x, u32* most, i64 n) {
     float m = 0;
-    for (i64 i = 8 * global_thread(); i < n; i += 8 * all_threads()) {
+    for (i64 i = n - 8 * (global_thread() + 1); i >= 0; i -= 8 * all_threads()) {
         float v[8];
         ld8(x, i, v);
 #pragma unroll
@@ -76,37 +77,52 @@ KERNEL narrow16(const TA0* x, unsigned char* q, const u32* most, float* scale, i
         *(uint4*)(q + 16 * p) = make_uint4(narrow4(v, f), narrow4(v + 4, f), narrow4(v + 8, f), narrow4(v + 12, f));
     }
 }
-// q[cols' rows'] = x[rows cols] transposed, in 8 bits, sizes rounded up as above. Tiles of 64 x 64, 256 threads; WHOLE: cols is a multiple
-// of 8 and x begins at one of 16 bytes.
-KERNEL narrow_turned(const TA0* x, unsigned char* q, const u32* most, float* scale, i64 rows, i64 cols) {
-    constexpr int PITCH = 68;
-    __shared__ __align__(16) unsigned char tile[64 * PITCH];
+// t[cols' rows'] = x[rows cols] transposed, in 8 bits, and q[rows' cols'] as it lies where that is wanted; sizes rounded up as above. Tiles
+// of 128 rows and 64 columns, 256 threads of 4 rows and 8 columns each: words of 4 rows go through shared memory, shifted by 4 every 8
+// columns so that no two of a warp meet in a bank. WHOLE: cols is a multiple of 8 and x begins at one of 16 bytes.
+KERNEL narrow_turned(const TA0* x, unsigned char* q, unsigned char* t, const u32* most, float* scale, i64 rows, i64 cols) {
+    __shared__ __align__(16) u32 tile[64 * 32 + 8 * 4];
     float f = factor(most, scale);
-    i64 r0 = (i64)blockIdx.y * 64, c0 = (i64)blockIdx.x * 64, tall = (rows + 15) / 16 * 16, wide = (cols + 15) / 16 * 16;
+    i64 r0 = (i64)blockIdx.y * 128, c0 = (i64)blockIdx.x * 64, tall = (rows + 15) / 16 * 16, wide = (cols + 15) / 16 * 16;
+    int piece = threadIdx.x & 7, four = threadIdx.x >> 3;
+    i64 c = c0 + 8 * piece;
+    u32 w[2][4];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int piece = threadIdx.x & 7, row = (threadIdx.x >> 3) + 32 * half;
-        i64 r = r0 + row, c = c0 + 8 * piece;
+    for (int k = 0; k < 4; k++) {
+        i64 r = r0 + 4 * four + k;
         float v[8];
 #ifdef WHOLE
         if (r < rows && c < cols) ld8(x, r * cols + c, v);
         else {
 #pragma unroll
-            for (int k = 0; k < 8; k++) v[k] = 0.f;
+            for (int e = 0; e < 8; e++) v[e] = 0.f;
         }
 #else
 #pragma unroll
-        for (int k = 0; k < 8; k++) v[k] = r < rows && c + k < cols ? ld(x, r * cols + c + k) : 0.f;
+        for (int e = 0; e < 8; e++) v[e] = r < rows && c + e < cols ? ld(x, r * cols + c + e) : 0.f;
 #endif
-        u32 low = narrow4(v, f), high = narrow4(v + 4, f);
+        w[0][k] = narrow4(v, f);
+        w[1][k] = narrow4(v + 4, f);
+        if (q && r < tall && c < wide) *(uint2*)(q + r * wide + c) = make_uint2(w[0][k], w[1][k]);
+    }
 #pragma unroll
-        for (int k = 0; k < 8; k++) tile[(8 * piece + k) * PITCH + row] = (unsigned char)((k < 4 ? low : high) >> 8 * (k & 3));
+    for (int half = 0; half < 2; half++) {
+        const u32* m = w[half];
+        u32* to = tile + (8 * piece + 4 * half) * 32 + 4 * piece + four;
+        u32 a = __byte_perm(m[0], m[1], 0x5140), b = __byte_perm(m[2], m[3], 0x5140);
+        u32 d = __byte_perm(m[0], m[1], 0x7362), e = __byte_perm(m[2], m[3], 0x7362);
+        to[0] = __byte_perm(a, b, 0x5410);
+        to[32] = __byte_perm(a, b, 0x7632);
+        to[64] = __byte_perm(d, e, 0x5410);
+        to[96] = __byte_perm(d, e, 0x7632);
     }
     __syncthreads();
-    int part = threadIdx.x & 3, column = threadIdx.x >> 2;
-    const u32* from = (const u32*)(tile + column * PITCH + 16 * part);
-    i64 c = c0 + column, r = r0 + 16 * part;
-    if (c < wide && r < tall) *(uint4*)(q + c * tall + r) = make_uint4(from[0], from[1], from[2], from[3]);
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        int column = four + 32 * half;
+        i64 to = c0 + column, r = r0 + 16 * piece;
+        if (to < wide && r < tall) *(uint4*)(t + to * tall + r) = *(const uint4*)(tile + column * 32 + 4 * (column >> 3) + 4 * piece);
+    }
 }
 // y = x + beta old of a product that was padded: x[.. wide], y and old [rows cols]. An absent beta is 1; with one of 0, old is not read.
 KERNEL crop(const TR0* x, TR0* y, const TR0* old, const float* beta, i64 rows, i64 cols, i64 wide) {

@@ -42,7 +42,7 @@ pub use concat::{concat, split};
 pub use device::{Captured, Device, PRODUCT_SCRATCH, Pinned, Prepared};
 pub use draw::draw;
 pub use embed::{embed, embed_bwd};
-pub use fp8::{linear_dw_fp8, linear_dx_fp8, linear_fp8};
+pub use fp8::{LinearFp8, linear_fp8, narrow};
 pub use gated_delta::{gated_delta, gated_delta_bwd};
 pub use linear::{linear, linear_dw, linear_dx, noise};
 pub use linear_cross_entropy::{

@@ -211,7 +211,7 @@ fn linear_few(r: &mut Recorder, a: &Args, (m, n, k): (usize, usize, usize)) {
 }
 
 /// `y += b` of [`linear`], where there is one.
-pub(crate) fn add_bias(r: &mut Recorder, a: &Args) {
+fn add_bias(r: &mut Recorder, a: &Args) {
     let (w, b, y) = (a.arg(1), a.arg(2), a.res(0));
     if b.is_present() {
         r.launch(

@@ -13,6 +13,8 @@ pub enum DType {
     F16,
     /// Integers.
     I32,
+    /// 8 bits, with a factor kept elsewhere.
+    Eight(Eight),
 }
 
 impl DType {
@@ -21,6 +23,7 @@ impl DType {
         match self {
             DType::F32 | DType::I32 => 4,
             DType::Bf16 | DType::F16 => 2,
+            DType::Eight(_) => 1,
         }
     }
 
@@ -31,6 +34,7 @@ impl DType {
             DType::Bf16 => "bf16",
             DType::F16 => "f16",
             DType::I32 => "int",
+            DType::Eight(_) => "unsigned char",
         }
     }
 }
@@ -227,7 +231,7 @@ pub struct Launch {
 }
 
 /// Format of 8 bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Eight {
     /// 4 bits of exponent, 3 of mantissa, up to 448: values and weights.
     E4m3,

@@ -11,8 +11,9 @@ use marimba_experiments::generate::{Session, Settings, generate};
 use marimba_experiments::init;
 use marimba_experiments::program::{self, Program, TrainOptions};
 use marimba_experiments::train::Trainer;
-use marimba_ir::DType;
 use marimba_ir::lower::Options;
+use marimba_ir::op::Op;
+use marimba_ir::{DType, Node};
 
 /// Every mixer and every ffn in one model.
 const MODEL: &str = r#"(
@@ -240,26 +241,35 @@ fn projections_run_in_fp8() {
     let run = of(WIDE, "Bf16Fp8", false);
     let options = TrainOptions::of(&run);
     let Program { graph, .. } = program::training(&run.model, &options, 16, 48).expect("a program");
-    let mut names: Vec<(&str, usize)> = Vec::new();
-    for node in graph.nodes.iter().filter(|n| graph.in_fp8(n)) {
-        match names.iter_mut().find(|(name, _)| *name == node.op.name()) {
-            Some((_, n)) => *n += 1,
-            None => names.push((node.op.name(), 1)),
+    let (mut products, mut operands) = (0, Vec::new());
+    for node in &graph.nodes {
+        match &node.op {
+            Op::LinearFp8(_) => products += 1,
+            Op::Narrow(op) => {
+                assert!(op.plain && op.turned, "{op:?}");
+                operands.push((node.args[0], op.to));
+            }
+            _ => {}
         }
+        assert!(!graph.in_fp8(node), "{}", node.op.name());
     }
     // Of each Mamba-2 layer z, x and out, of attention q, k, v and out, of each ffn three; sections of 16 and 8 stay in bf16.
     let each = 3 * 3 + 4 + 4 * 3;
-    names.sort_unstable();
-    assert_eq!(
-        names,
-        [("linear", each), ("linear_dw", each), ("linear_dx", each)]
-    );
+    assert_eq!(products, 3 * each);
+    // What is narrowed: the inputs of each layer's in and out projections, its ffn's and the last of that; weights; gradients of results.
+    let values = operands.iter().filter(|(_, to)| *to == DType::E4m3);
+    assert_eq!(values.count(), 4 * 4 + each);
+    assert_eq!(operands.len(), 4 * 4 + 2 * each);
+    operands.sort_unstable();
+    operands.dedup();
+    assert_eq!(operands.len(), 4 * 4 + 2 * each, "narrowed twice");
     let plain = TrainOptions {
         fp8: false,
         ..options
     };
     let Program { graph, .. } = program::training(&run.model, &plain, 16, 48).expect("a program");
-    assert!(!graph.nodes.iter().any(|n| graph.in_fp8(n)));
+    let eights = |n: &Node| matches!(n.op, Op::Narrow(_) | Op::LinearFp8(_));
+    assert!(!graph.nodes.iter().any(eights));
 }
 
 /// The model's initial parameters on an engine.

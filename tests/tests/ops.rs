@@ -491,6 +491,159 @@ fn gradients_written_over_buffers() {
     }
 }
 
+/// A product in 8 bits of `a [M K]` and `b [N K]`, both as they are and transposed; with a bias, or added to rows from 2 of a buffer.
+struct InEights {
+    built: Built,
+    sizes: (usize, usize, usize),
+    buffer: Option<(Vec<f32>, f32)>,
+}
+
+const TALLER: usize = 5;
+
+fn in_eights(seed: u64) -> InEights {
+    let mut g = Gen::new(seed);
+    let sizes = (1 + g.below(70), 1 + g.below(70), 1 + g.below(70));
+    let (m, n, k) = sizes;
+    let at = place(Phase::Forward);
+    let (mut graph, mut inputs, mut stored) = (Graph::new(), Vec::new(), Vec::new());
+    let mut args = Vec::new();
+    for (name, rows, by, to) in [("a", m, 16.0, DType::E5m2), ("b", n, 1e-3, DType::E4m3)] {
+        let ty = Type::f32(dims![B rows, K k]);
+        let x = g.floats(ty.len()).iter().map(|x| x * by).collect();
+        inputs.push((name.to_string(), HostTensor::F32(x)));
+        let x = graph.add_external(External::Input, name, ty);
+        let op = Narrow {
+            to,
+            plain: true,
+            turned: true,
+        };
+        let r = graph.push(op, vec![Some(x)], &at).unwrap();
+        for (what, &v) in ["scale", "q", "t"].iter().zip(&r) {
+            graph.outputs.push((format!("{name}.{what}"), v));
+        }
+        args.extend([Some(r[1]), Some(r[0])]);
+    }
+    let buffer = g.flip().then(|| {
+        let beta = g.pick(&[0.0, 0.5]);
+        let mut into = g.floats((m + TALLER) * n);
+        if beta == 0.0 {
+            into[2 * n..(2 + m) * n].fill(f32::NAN);
+        }
+        (into, beta)
+    });
+    match &buffer {
+        Some((into, beta)) => {
+            let ty = Type::f32(dims![I m + TALLER, D n]);
+            let v = graph.add_external(External::State, "into", ty.clone());
+            stored.push(("state:into".to_string(), ty, HostTensor::F32(into.clone())));
+            inputs.push(("beta".into(), HostTensor::F32(vec![*beta])));
+            let beta = graph.add_external(External::Input, "beta", Type::scalar());
+            args.extend([None, None, Some(v), Some(beta)]);
+        }
+        None => {
+            let bias = HostTensor::F32(g.floats(n));
+            inputs.push(("bias".into(), bias));
+            let bias = graph.add_external(External::Input, "bias", Type::f32(dims![D n]));
+            args.push(Some(bias));
+        }
+    }
+    let op = LinearFp8 {
+        y: Type::f32(dims![I m, D n]),
+        k,
+        exact: true,
+        start: if buffer.is_some() { 2 } else { 0 },
+        accumulate: buffer.is_some(),
+    };
+    let results = graph.push(op, args, &at).unwrap();
+    graph.outputs.push(("y".into(), results[0]));
+    InEights {
+        built: Built {
+            graph,
+            results,
+            inputs,
+            stored,
+        },
+        sizes,
+        buffer,
+    }
+}
+
+/// Numbers of 8 bits are within half a step of what they stand for and the same in every way and on every backend; products are those of
+/// these numbers.
+#[test]
+fn eights() {
+    for seed in 0..DRAWS {
+        let s = in_eights(seed);
+        let (m, n, k) = s.sizes;
+        let input = |name: &str| {
+            let found = s.built.inputs.iter().find(|(n, _)| n == name);
+            found.unwrap().1.f32().to_vec()
+        };
+        let check = |got: &Outputs, engine: &str, tolerance: f64| {
+            let mut wide = Vec::new();
+            for (name, rows, steps) in [("a", m, 8.0), ("b", n, 16.0)] {
+                let x = input(name);
+                let part = |what: &str| got[&format!("{name}.{what}")].f32().to_vec();
+                let (scale, q, t) = (part("scale")[0], part("q"), part("t"));
+                let (tall, across) = (rows.next_multiple_of(16), k.next_multiple_of(16));
+                assert_eq!((q.len(), t.len()), (tall * across, tall * across));
+                for e in 0..q.len() {
+                    let (r, c) = (e / across, e % across);
+                    assert_eq!(
+                        q[e].to_bits(),
+                        t[c * tall + r].to_bits(),
+                        "{engine}: {r} {c}"
+                    );
+                    let want = if r < rows && c < k { x[r * k + c] } else { 0.0 };
+                    let off = (q[e] * scale - want).abs();
+                    // Half of a step, or of the least step there is.
+                    let most = (want.abs() / steps).max(scale * 1e-3) * 1.00001;
+                    assert!(off <= most, "{engine}: {} of {want}", q[e] * scale);
+                }
+                let row = |r: usize| q[r * across..r * across + k].iter().map(move |q| q * scale);
+                wide.push((0..rows).flat_map(row).map(f64::from).collect::<Vec<f64>>());
+            }
+            let product = |i: usize, j: usize| -> f64 {
+                (0..k)
+                    .map(|p| wide[0][i * k + p] * wide[1][j * k + p])
+                    .sum()
+            };
+            let want: Vec<f32> = match &s.buffer {
+                Some((into, beta)) => (0..into.len())
+                    .map(|e| match (e / n).checked_sub(2).filter(|&i| i < m) {
+                        Some(i) if *beta == 0.0 => product(i, e % n) as f32,
+                        Some(i) => (f64::from(beta * into[e]) + product(i, e % n)) as f32,
+                        None => into[e],
+                    })
+                    .collect(),
+                None => {
+                    let bias = input("bias");
+                    let all = (0..m * n).map(|e| product(e / n, e % n) as f32 + bias[e % n]);
+                    all.collect()
+                }
+            };
+            let what = format!("product {:?} of seed {seed} on {engine}", s.sizes);
+            compare(&what, &got["y"], &HostTensor::F32(want), tolerance);
+        };
+        let mut cpu = CpuEngine::new(2).unwrap();
+        cpu.set_poison(true);
+        cpu.set_half_storage(true);
+        let here = s.built.run(&mut cpu).unwrap();
+        check(&here, "cpu", 1e-6);
+        on_gpu(|engine| match s.built.run(engine) {
+            Err(BackendError::Unsupported { why, .. }) => eprintln!("skipped on cuda: {why}"),
+            there => {
+                let there = there.unwrap_or_else(|e| panic!("{e}"));
+                // Matrix units keep fewer bits of partial sums than f32 has.
+                check(&there, "cuda", 1e-3);
+                for (name, x) in here.iter().filter(|(name, _)| *name != "y") {
+                    assert_eq!(x, &there[name], "{name} of seed {seed}");
+                }
+            }
+        });
+    }
+}
+
 /// Long rows: errors must not grow with their length.
 #[test]
 fn a_thousand_tokens() {
@@ -591,6 +744,8 @@ fn every_op_has_a_sample() {
         }
     }
     reached.extend(fused(0).iter().map(|(op, _, _)| op.name()));
+    let eights = in_eights(0).built.graph;
+    reached.extend(eights.nodes.iter().map(|n| n.op.name()));
     let missing: Vec<&&str> = Op::NAMES
         .iter()
         .filter(|n| !reached.contains(**n))

@@ -99,7 +99,9 @@ impl Memories {
         unsafe {
             match l.dtype {
                 DType::I32 => Slot::I32(slice(self.at(l).cast(), l.len)),
-                DType::F32 | DType::Bf16 | DType::F16 => Slot::F32(slice(self.at(l).cast(), l.len)),
+                DType::F32 | DType::Bf16 | DType::F16 | DType::E4m3 | DType::E5m2 => {
+                    Slot::F32(slice(self.at(l).cast(), l.len))
+                }
             }
         }
     }
@@ -111,7 +113,7 @@ impl Memories {
         unsafe {
             match l.dtype {
                 DType::I32 => SlotMut::I32(slice_mut(self.at(l).cast(), l.len)),
-                DType::F32 | DType::Bf16 | DType::F16 => {
+                DType::F32 | DType::Bf16 | DType::F16 | DType::E4m3 | DType::E5m2 => {
                     SlotMut::F32(slice_mut(self.at(l).cast(), l.len))
                 }
             }
@@ -201,7 +203,7 @@ pub(super) fn largest(g: &Graph, plan: &Plan) -> String {
 pub(super) fn check_dtype(ty: &Type, op: &'static str, path: &str) -> Result<(), BackendError> {
     match ty.dtype {
         DType::F32 | DType::I32 => Ok(()),
-        DType::Bf16 | DType::F16 => Err(BackendError::Unsupported {
+        DType::Bf16 | DType::F16 | DType::E4m3 | DType::E5m2 => Err(BackendError::Unsupported {
             op,
             path: path.to_string(),
             backend: "cpu",
@@ -352,7 +354,7 @@ impl Program {
                                 *to = x as i32;
                             }
                         }
-                        DType::F32 | DType::Bf16 | DType::F16 => {
+                        DType::F32 | DType::Bf16 | DType::F16 | DType::E4m3 | DType::E5m2 => {
                             for (to, &x) in buffer.f32_mut().iter_mut().zip(data) {
                                 *to = x;
                             }

@@ -16,6 +16,8 @@ pub(super) fn call(op: &Op, a: &Args, r: &mut Results, cx: &Cx) {
         Op::Linear(op) => linear::linear(op, a, r, cx),
         Op::LinearDx(op) => linear::linear_dx(op, a, r, cx),
         Op::LinearDw(op) => linear::linear_dw(op, a, r, cx),
+        Op::Narrow(op) => linear::narrow(op, a, r, cx),
+        Op::LinearFp8(op) => linear::linear_fp8(op, a, r, cx),
         Op::RmsNorm(op) => rms_norm::rms_norm(op, a, r, cx),
         Op::RmsNormBwd(op) => rms_norm::rms_norm_bwd(op, a, r, cx),
         Op::Rope(op) => rope::rope(op, a, r, cx),

@@ -1,4 +1,4 @@
-//! Half precision as storage: what a graph types as bf16 or f16 is kept rounded to that format, in f32 memory, and computed with in f32,
+//! Half precision as storage: what a graph types as bf16 or f16, or as one of the formats of 8 bits, is kept rounded to that format, in f32 memory, and computed with in f32,
 //! as matrix units with f32 accumulators do. It shows what a format does to a model's numbers, not how fast it is.
 //!
 //! Rounding is to nearest, ties to even; beyond the largest f16 (65504, from 65520 on) it gives infinity. What happens inside one op
@@ -39,10 +39,10 @@ impl Halves {
     }
 }
 
-/// Whether a type is stored in 16 bits.
+/// Whether a type is stored in 16 bits or 8.
 pub(super) fn is_half(dtype: DType) -> bool {
     match dtype {
-        DType::Bf16 | DType::F16 => true,
+        DType::Bf16 | DType::F16 | DType::E4m3 | DType::E5m2 => true,
         DType::F32 | DType::I32 => false,
     }
 }
@@ -52,8 +52,20 @@ pub(super) fn round(dtype: DType, x: &mut [f32]) {
     match dtype {
         DType::F16 => x.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32()),
         DType::Bf16 => x.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32()),
+        DType::E4m3 => x.iter_mut().for_each(|x| *x = eight(*x, 3, -6, 448.0)),
+        DType::E5m2 => x.iter_mut().for_each(|x| *x = eight(*x, 2, -14, 57344.0)),
         DType::F32 | DType::I32 => {}
     }
+}
+
+/// A number as 8 bits hold it: `mantissa` bits, exponents from `low` on, magnitudes up to `most`, to which larger ones are cut.
+fn eight(x: f32, mantissa: i32, low: i32, most: f32) -> f32 {
+    if !x.is_finite() {
+        return x.clamp(-most, most);
+    }
+    let exponent = ((x.to_bits() >> 23 & 0xff) as i32 - 127).max(low);
+    let step = 2f32.powi(exponent - mantissa);
+    ((x / step).round_ties_even() * step).clamp(-most, most)
 }
 
 #[cfg(test)]
@@ -79,6 +91,18 @@ mod tests {
             x,
             [1.0, 1.0 + 4.0 / 256.0, 999_424.0, -226.0 * 2f32.powi(120)]
         );
+        let mut x = [0.3, 1.0625, 1.1875, 1e3, -449.0, 1.1e-3, 1e-4, 0.0];
+        round(DType::E4m3, &mut x);
+        let least = 2f32.powi(-9);
+        assert_eq!(x, [0.3125, 1.0, 1.25, 448.0, -448.0, least, 0.0, 0.0]);
+        let mut x = [0.3, 1.125, -6e4, f32::INFINITY, 7e-6, f32::MIN_POSITIVE];
+        round(DType::E5m2, &mut x);
+        let least = 2f32.powi(-16);
+        assert_eq!(x, [0.3125, 1.0, -57344.0, 57344.0, 0.0, 0.0]);
+        let mut x = [8e-6, f32::NAN];
+        round(DType::E5m2, &mut x);
+        assert_eq!(x[0], least);
+        assert!(x[1].is_nan());
         let mut x = [1.0 + f32::EPSILON, 1e38];
         round(DType::F32, &mut x);
         assert_eq!(x, [1.0 + f32::EPSILON, 1e38]);

@@ -2,7 +2,8 @@
 
 use super::matmul::{Mat, MatMut, par_matmul};
 use super::tensor::{Args, Cx, Results};
-use marimba_ir::op::{Linear, LinearDw, LinearDx};
+use marimba_ir::DType;
+use marimba_ir::op::{Linear, LinearDw, LinearDx, LinearFp8, Narrow};
 
 /// `y [R N] = x [R K] w^T [K N] (+ b) (+ add)`.
 pub(super) fn linear(_: &Linear, a: &Args, r: &mut Results, cx: &Cx) {
@@ -82,6 +83,66 @@ pub(super) fn linear_dw(op: &LinearDw, a: &Args, r: &mut Results, cx: &Cx) {
         Mat::new(a.f(1), rows, n).t(),
         Mat::new(a.f(0), rows, k),
     );
+}
+
+/// `scale`, and `x / scale` as it lies and transposed, with zeros beyond x; the engine rounds them to their format.
+pub(super) fn narrow(op: &Narrow, a: &Args, r: &mut Results, _: &Cx) {
+    let (x, cols) = (a.f(0), a.ty(0).last());
+    let largest = match op.to {
+        DType::E5m2 => 57344.0,
+        _ => 448.0,
+    };
+    // The floor keeps the factor finite.
+    let most = x.iter().fold(1e-30f32, |m, v| m.max(v.abs()));
+    let factor = largest / most;
+    r.take_f(0)[0] = most / largest;
+    let mut result = 1;
+    for turned in [false, true] {
+        if !(if turned { op.turned } else { op.plain }) {
+            continue;
+        }
+        let wide = r.ty(result).last();
+        let q = r.take_f(result);
+        q.fill(0.0);
+        for (e, v) in x.iter().enumerate() {
+            let (row, col) = (e / cols, e % cols);
+            let at = if turned {
+                col * wide + row
+            } else {
+                row * wide + col
+            };
+            q[at] = v * factor;
+        }
+        result += 1;
+    }
+}
+
+/// `y [M N] = scales * a [M K] b^T [K N] (+ bias) (+ add)`, or the same added to `beta` times rows from `start` of the buffer.
+pub(super) fn linear_fp8(op: &LinearFp8, a: &Args, r: &mut Results, cx: &Cx) {
+    let (m, n) = (op.y.rows(), op.y.last());
+    let whole = a.ty(0).last();
+    let all = r.take_f(0);
+    let (y, beta) = match (op.accumulate, a.opt_f(5)) {
+        (true, _) => (&mut all[op.start * n..(op.start + m) * n], a.f(7)[0]),
+        (false, Some(add)) => {
+            all.copy_from_slice(add);
+            (all, 1.0)
+        }
+        (false, None) => (all, 0.0),
+    };
+    par_matmul(
+        cx,
+        MatMut::new(&mut *y, m, n),
+        beta,
+        a.f(1)[0] * a.f(3)[0],
+        Mat::new(&a.f(0)[..m * whole], m, whole),
+        Mat::new(&a.f(2)[..n * whole], n, whole).t(),
+    );
+    if let Some(bias) = a.opt_f(4) {
+        for row in y.chunks_exact_mut(n) {
+            row.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+        }
+    }
 }
 
 #[cfg(test)]

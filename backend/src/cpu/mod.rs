@@ -335,7 +335,7 @@ impl Engine for CpuEngine {
         let Stored { ty, buffer } = &self.stored[*i];
         Ok(match ty.dtype {
             DType::I32 => HostTensor::I32(buffer.i32()[..ty.len()].to_vec()),
-            DType::F32 | DType::Bf16 | DType::F16 => {
+            DType::F32 | DType::Bf16 | DType::F16 | DType::E4m3 | DType::E5m2 => {
                 HostTensor::F32(buffer.f32()[..ty.len()].to_vec())
             }
         })

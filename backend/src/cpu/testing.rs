@@ -90,7 +90,7 @@ pub(super) fn run(op: impl Into<Op>, args: &[Option<(Type, HostTensor)>]) -> Vec
             .map(|(ty, alias)| match (alias, ty.dtype) {
                 (Some(i), _) => args[*i].clone().expect("a present argument").1,
                 (None, DType::I32) => HostTensor::I32(vec![i32::MIN; ty.len()]),
-                (None, DType::F32 | DType::Bf16 | DType::F16) => {
+                (None, DType::F32 | DType::Bf16 | DType::F16 | DType::E4m3 | DType::E5m2) => {
                     HostTensor::F32(vec![f32::NAN; ty.len()])
                 }
             })

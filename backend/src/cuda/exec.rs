@@ -7,10 +7,9 @@ use marimba_ir::op::{
 };
 use marimba_kernels as k;
 
-/// Records what `op` runs, products in 8 bits with `fp8`. `args` and `results` are the types of its arguments and results.
+/// Records what `op` runs. `args` and `results` are the types of its arguments and results.
 pub(super) fn record(
     op: &Op,
-    fp8: bool,
     r: &mut k::Recorder,
     a: &k::Args,
     args: &[Option<Type>],
@@ -19,12 +18,19 @@ pub(super) fn record(
     match op {
         Op::Embed(_) => k::embed(r, a),
         Op::EmbedBwd(_) => k::embed_bwd(r, a),
-        Op::Linear(_) if fp8 => k::linear_fp8(r, a),
         Op::Linear(_) => k::linear(r, a),
-        Op::LinearDx(_) if fp8 => k::linear_dx_fp8(r, a),
         Op::LinearDx(_) => k::linear_dx(r, a),
-        Op::LinearDw(op) if fp8 => k::linear_dw_fp8(r, a, op.start),
         Op::LinearDw(op) => k::linear_dw(r, a, op.start),
+        Op::Narrow(op) => k::narrow(r, a, op.plain, op.turned),
+        Op::LinearFp8(op) => {
+            let product = k::LinearFp8 {
+                sizes: (op.y.rows(), op.y.last(), op.k),
+                output: super::dtype(op.y.dtype),
+                exact: op.exact,
+                start: op.start,
+            };
+            k::linear_fp8(r, a, &product);
+        }
         Op::RmsNorm(op) => k::rms_norm(r, a, &norm(op)),
         Op::RmsNormBwd(op) => k::rms_norm_bwd(r, a, &norm(&op.of)),
         Op::Rope(op) => k::rope(r, a, op.dims, op.factor as f32, op.inverse),

@@ -181,7 +181,8 @@ fn encode(data: &HostTensor, dtype: DType) -> Option<Cow<'_, [u8]>> {
         (HostTensor::F32(x), DType::Bf16) => pairs(x, |v| bf16::from_f32(v).to_ne_bytes()),
         (HostTensor::F32(x), DType::F16) => pairs(x, |v| f16::from_f32(v).to_ne_bytes()),
         (HostTensor::F32(_), DType::I32)
-        | (HostTensor::I32(_), DType::F32 | DType::Bf16 | DType::F16) => return None,
+        | (HostTensor::I32(_), DType::F32 | DType::Bf16 | DType::F16)
+        | (_, DType::E4m3 | DType::E5m2) => return None,
     })
 }
 
@@ -206,6 +207,8 @@ fn decode(bytes: &[u8], dtype: DType) -> HostTensor {
                 .map(|b| bf16::from_ne_bytes([b[0], b[1]]).to_f32())
                 .collect(),
         ),
+        DType::E4m3 => HostTensor::F32(bytes.iter().map(|&b| eight(b, 3)).collect()),
+        DType::E5m2 => HostTensor::F32(bytes.iter().map(|&b| eight(b, 2)).collect()),
         DType::F16 => HostTensor::F32(
             bytes
                 .chunks_exact(2)
@@ -215,15 +218,36 @@ fn decode(bytes: &[u8], dtype: DType) -> HostTensor {
     }
 }
 
+/// What 8 bits hold: 1 of sign, the rest of exponent, `mantissa` of mantissa.
+fn eight(bits: u8, mantissa: i32) -> f32 {
+    let (exponents, steps) = (7 - mantissa, 1 << mantissa);
+    let bias = (1 << (exponents - 1)) - 1;
+    let (exponent, m) = (i32::from(bits & 0x7f) >> mantissa, i32::from(bits) % steps);
+    let last = (1 << exponents) - 1;
+    let size = match (mantissa, exponent == last, m) {
+        (2, true, 0) => f32::INFINITY,
+        (2, true, _) | (3, true, 7) => f32::NAN,
+        _ if exponent == 0 => m as f32 * 2f32.powi(1 - bias - mantissa),
+        _ => (steps + m) as f32 * 2f32.powi(exponent - bias - mantissa),
+    };
+    if bits & 0x80 == 0 { size } else { -size }
+}
+
+fn dtype(t: DType) -> k::DType {
+    match t {
+        DType::F32 => k::DType::F32,
+        DType::Bf16 => k::DType::Bf16,
+        DType::F16 => k::DType::F16,
+        DType::E4m3 => k::DType::Eight(k::Eight::E4m3),
+        DType::E5m2 => k::DType::Eight(k::Eight::E5m2),
+        DType::I32 => k::DType::I32,
+    }
+}
+
 fn tensor(ty: &Type, ptr: u64) -> k::Tensor {
     k::Tensor {
         ptr,
-        dtype: match ty.dtype {
-            DType::F32 => k::DType::F32,
-            DType::Bf16 => k::DType::Bf16,
-            DType::F16 => k::DType::F16,
-            DType::I32 => k::DType::I32,
-        },
+        dtype: dtype(ty.dtype),
         dims: ty.sizes(),
     }
 }
@@ -291,13 +315,13 @@ fn check_node(g: &Graph, node: &Node, target: Target) -> Result<(), BackendError
             why,
         })
     };
-    if g.in_fp8(node) && !target.fp8 {
-        return refuse(
-            "products in 8 bits need a GPU of compute capability 8.9 or later; set precision: Bf16"
-                .into(),
-        );
-    }
     match op {
+        Op::Narrow(_) | Op::LinearFp8(_) if !target.fp8 => {
+            return refuse(
+                "products in 8 bits need a GPU of compute capability 8.9 or later; set precision: Bf16"
+                    .into(),
+            );
+        }
         Op::Attention(_) | Op::AttentionBwd(_) => {
             let p = types.first().copied().flatten().map_or(0, Type::last);
             if p > 256 {
@@ -418,7 +442,6 @@ fn record_one(
     let fixed: Vec<bool> = node.args.iter().map(|a| a.is_some_and(is_fixed)).collect();
     exec::record(
         &node.op,
-        g.in_fp8(node),
         r,
         &k::Args {
             args: &args,
@@ -702,7 +725,9 @@ impl CudaEngine {
                 External::Const(data) => {
                     let host = match ty.dtype {
                         DType::I32 => HostTensor::I32(data.iter().map(|&x| x as i32).collect()),
-                        DType::F32 | DType::Bf16 | DType::F16 => HostTensor::F32(data.clone()),
+                        DType::F32 | DType::Bf16 | DType::F16 | DType::E4m3 | DType::E5m2 => {
+                            HostTensor::F32(data.clone())
+                        }
                     };
                     self.copy_in(&graph.value(v).name, ty, ptr, &host)?;
                 }

@@ -13,7 +13,7 @@ pub(super) fn cast<E: Dtype, D: Device<E>>(
 ) -> Res<Vec<Value<E, D>>> {
     let x = a.var(0)?;
     let round: fn(f64) -> f64 = match op.to {
-        DType::F32 | DType::I32 => |x| x,
+        DType::F32 | DType::E4m3 | DType::E5m2 | DType::I32 => |x| x,
         DType::Bf16 => |x| f64::from(half::bf16::from_f64(x).to_f32()),
         DType::F16 => |x| f64::from(half::f16::from_f64(x).to_f32()),
     };

@@ -430,7 +430,9 @@ impl<D: DfdxDevice<f32> + Synchronize> Engine for DfdxEngine<D> {
                 Some(External::Const(x)) => {
                     let data = match ty.dtype {
                         DType::I32 => HostTensor::I32(x.iter().map(|&v| v as i32).collect()),
-                        DType::F32 | DType::Bf16 | DType::F16 => HostTensor::F32(x.clone()),
+                        DType::F32 | DType::Bf16 | DType::F16 | DType::E4m3 | DType::E5m2 => {
+                            HostTensor::F32(x.clone())
+                        }
                     };
                     self.stored.insert(name, Stored { ty, data });
                 }

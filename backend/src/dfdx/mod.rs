@@ -127,7 +127,9 @@ fn run_op<E: Dtype, D: DfdxDevice<E>>(
         | Op::LinearCrossEntropyBwd(_)
         | Op::LastBwd(_)
         | Op::SumTo(_)
-        | Op::Accumulate(_) => Err(Fault(
+        | Op::Accumulate(_)
+        | Op::Narrow(_)
+        | Op::LinearFp8(_) => Err(Fault(
             "the tape gives gradients here, backward ops are not run".into(),
         )),
     }

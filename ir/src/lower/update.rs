@@ -56,7 +56,7 @@ pub fn update_scaled(
     for (p, grad) in trainable.iter().zip(grads) {
         let kind = match p.compute {
             DType::F32 => External::Param,
-            DType::Bf16 | DType::F16 | DType::I32 => External::Master,
+            DType::Bf16 | DType::F16 | DType::E4m3 | DType::E5m2 | DType::I32 => External::Master,
         };
         args.push(Some(g.add_external(kind, &p.name, p.ty.clone())));
         args.push(grad);

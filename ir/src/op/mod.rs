@@ -35,7 +35,7 @@ pub use concat::{Concat, Split};
 pub use draw::{Draw, WEIGHT_BITS};
 pub use embed::{Embed, EmbedBwd};
 pub use gated_delta::{GatedDelta, GatedDeltaBwd};
-pub use linear::{Linear, LinearDw, LinearDx};
+pub use linear::{Linear, LinearDw, LinearDx, LinearFp8, Narrow};
 pub use linear_cross_entropy::{LinearCrossEntropy, LinearCrossEntropyBwd, LinearCrossEntropyGrad};
 pub use moe::{
     Combine, CombineBwd, Dispatch, GatherRows, GroupedLinear, GroupedLinearDw, GroupedLinearDx,
@@ -258,6 +258,6 @@ ops! {
     other {
         EmbedBwd, LinearDx, LinearDw, RmsNormBwd, AttentionBwd, CausalConv1dBwd, SelectiveScanBwd, SsdBwd, GatedDeltaBwd,
         RouteBwd, BalanceBwd, GroupedLinearDx, GroupedLinearDw, CombineBwd, LinearCrossEntropyBwd, LinearCrossEntropyGrad,
-        LastBwd, SumTo, Accumulate, GlobalNorm, AdamW,
+        LastBwd, SumTo, Accumulate, Narrow, LinearFp8, GlobalNorm, AdamW,
     }
 }

@@ -1,8 +1,8 @@
 //! Passes: `Graph -> Graph`, each followed by the verifier. Lowerings know nothing of any of them.
 //!
 //! The pipeline is listed once, in [`PIPELINE`], in the order in which it runs. All passes keep the numbers of all outputs bit for bit
-//! on a backend that computes elementwise programs in one precision, but for three: `fuse_loss` lets a backend walk the head once
-//! instead of twice, and `fold_accumulate` and `fold_sums` let it add where it multiplies.
+//! on a backend that computes elementwise programs in one precision, but for four: `fuse_loss` lets a backend walk the head once
+//! instead of twice, `fold_accumulate` and `fold_sums` let it add where it multiplies, and `narrow` does what `Graph::fp8` asks for.
 
 mod activation_loss;
 mod dce;
@@ -11,6 +11,7 @@ mod fold_sums;
 mod fuse_loss;
 mod fuse_pointwise;
 mod gather;
+mod narrow;
 mod probe;
 mod recompute;
 mod schedule;
@@ -22,6 +23,7 @@ pub use fold_sums::fold_sums;
 pub use fuse_loss::fuse_loss;
 pub use fuse_pointwise::fuse_pointwise;
 pub use gather::gather;
+pub use narrow::narrow;
 pub use probe::{Taps, probe};
 pub use recompute::{RecomputePolicy, recompute};
 pub use schedule::schedule;
@@ -100,7 +102,7 @@ pub struct Pass {
 }
 
 /// All passes in the order in which they run. Probes come before fusion, so that what they look at still exists; recomputation comes
-/// after it, so that what is computed twice is already fused.
+/// after it, so that what is computed twice is already fused. Operands are narrowed after both, when it is known who reads them.
 pub const PIPELINE: &[Pass] = &[
     Pass {
         name: "fuse_loss",
@@ -129,6 +131,10 @@ pub const PIPELINE: &[Pass] = &[
     Pass {
         name: "recompute",
         run: recompute,
+    },
+    Pass {
+        name: "narrow",
+        run: narrow,
     },
     Pass {
         name: "schedule",

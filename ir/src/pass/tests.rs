@@ -285,3 +285,66 @@ fn small_gradients_are_gathered() {
     }
     assert_eq!(others(&out), others(&before));
 }
+
+/// Operands of products in 8 bits are narrowed once for all that read them, each way that one of these reads; where blocks are computed a
+/// second time, once for each computation. Operations stay what they were.
+#[test]
+fn operands_are_narrowed_once() {
+    let mut g = training(&Sample {
+        dtype: DType::Bf16,
+        d_model: 256,
+        time: 128,
+        ..all_kinds()
+    })
+    .unwrap();
+    let plain = run_passes(&g, &Config::default()).unwrap();
+    assert_eq!(count(&plain, "narrow"), 0);
+    g.fp8 = true;
+    for policy in [RecomputePolicy::None, RecomputePolicy::Block] {
+        let config = Config {
+            recompute: policy.clone(),
+            ..Config::default()
+        };
+        let out = run_passes(&g, &config).unwrap();
+        check_plan(&out, &plan(&out)).unwrap();
+        assert!(!out.nodes.iter().any(|n| out.in_fp8(n)));
+        let flops = crate::cost::costs(&out).model_flops();
+        assert_eq!(flops, crate::cost::costs(&plain).model_flops());
+        let products = count(&out, "linear_fp8");
+        assert!(products > 10, "{products}");
+        // By what is narrowed, to what, and whether in the second computation.
+        let mut seen = std::collections::HashSet::new();
+        let uses = out.uses();
+        for node in &out.nodes {
+            let Op::Narrow(op) = &node.op else { continue };
+            let again = policy == RecomputePolicy::Block && node.phase != Phase::Forward;
+            assert!(
+                seen.insert((node.args[0], op.to, again)),
+                "{}",
+                crate::print::node(&out, node)
+            );
+            assert_eq!(
+                node.results.len(),
+                1 + usize::from(op.plain) + usize::from(op.turned)
+            );
+            assert!(node.results.iter().all(|r| !uses[r.index()].is_empty()));
+            // What is made in forward is not kept for backward of a block that is computed again.
+            for r in uses
+                .iter()
+                .zip(out.value_ids())
+                .filter(|(_, v)| node.results.contains(v))
+            {
+                let phases = r.0.iter().map(|&n| out.node(n).phase);
+                let kept = phases.filter(|p| *p != node.phase).count();
+                let phase = node.phase == Phase::Forward && policy == RecomputePolicy::Block;
+                assert!(!phase || kept == 0);
+            }
+        }
+        // Less than one for each of the two operands of every product.
+        assert!(
+            seen.len() < 2 * products - products / 3,
+            "{} of {products}",
+            seen.len()
+        );
+    }
+}

@@ -832,5 +832,6 @@ fn decode(raw: &[u8], t: DType) -> Vec<f64> {
             .chunks_exact(4)
             .map(|b| f64::from(word(b) as i32))
             .collect(),
+        DType::Eight(_) => raw.iter().map(|&b| f64::from(b)).collect(),
     }
 }

@@ -74,11 +74,12 @@ enum A {
 }
 use A::{F, I, No, S};
 
-/// A result: in the type under test, f32, integers, or the memory of an argument.
+/// A result: in the type under test, f32, integers, of 8 bits, or the memory of an argument.
 enum R {
     F(Vec<usize>),
     S(Vec<usize>),
     I(Vec<usize>),
+    Q(Eight, Vec<usize>),
     Arg(usize),
 }
 
@@ -97,6 +98,22 @@ fn encode(x: &[f64], t: DType) -> Vec<u8> {
     }
 }
 
+/// A finite number of 8 bits.
+fn eight(bits: u8, mantissa: u32) -> f64 {
+    let (magnitude, bias) = (u32::from(bits & 0x7f), (1 << (6 - mantissa)) - 1);
+    let (exponent, m) = (
+        magnitude >> mantissa,
+        f64::from(magnitude % (1 << mantissa)),
+    );
+    let lead = if exponent == 0 {
+        0.0
+    } else {
+        f64::from(1u32 << mantissa)
+    };
+    let sign = if bits & 0x80 == 0 { 1.0 } else { -1.0 };
+    sign * (lead + m) * 2f64.powi(exponent.max(1) as i32 - bias - mantissa as i32)
+}
+
 fn decode(b: &[u8], t: DType) -> V {
     match t {
         DType::Bf16 => b
@@ -107,6 +124,10 @@ fn decode(b: &[u8], t: DType) -> V {
                 ))
             })
             .collect(),
+        DType::Eight(e) => {
+            let mantissa = if e == Eight::E4m3 { 3 } else { 2 };
+            b.iter().map(|&b| eight(b, mantissa)).collect()
+        }
         DType::I32 => b
             .chunks_exact(4)
             .map(|b| f64::from(i32::from_ne_bytes([b[0], b[1], b[2], b[3]])))
@@ -180,7 +201,7 @@ impl Gpu<'_> {
             .iter()
             .filter_map(|r| match r {
                 R::Arg(i) => Some(*i),
-                R::F(_) | R::S(_) | R::I(_) => None,
+                R::F(_) | R::S(_) | R::I(_) | R::Q(..) => None,
             })
             .collect();
         let results: Vec<Tensor> = results
@@ -189,6 +210,7 @@ impl Gpu<'_> {
                 R::F(d) => new(device, t, d, None),
                 R::S(d) => new(device, DType::F32, d, None),
                 R::I(d) => new(device, DType::I32, d, None),
+                R::Q(e, d) => new(device, DType::Eight(*e), d, None),
                 R::Arg(i) => args[*i].clone().unwrap(),
             })
             .collect();
