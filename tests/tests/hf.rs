@@ -316,6 +316,98 @@ fn a_stored_head_counts_before_the_word_that_ties_it() {
 }
 
 #[test]
+fn configurations_are_written_for_models_that_lack_a_kind_of_layer() {
+    use marimba_dsl::model::{Layer, Mixer, Model};
+    let attends = |l: &Layer| matches!(&l.mixer.as_ref().unwrap().body, Mixer::Attention(_));
+    let only = |case: &str, attention: bool| -> Model {
+        let mut model = edited(case, serde_json::json!({}));
+        let of_kind: Vec<_> = model
+            .layers
+            .iter()
+            .filter(|l| attends(l) == attention)
+            .cloned()
+            .collect();
+        for (l, other) in model.layers.iter_mut().zip(of_kind.iter().cycle()) {
+            let name = l.mixer.as_ref().unwrap().weights.clone();
+            l.mixer.clone_from(&other.mixer);
+            l.mixer.as_mut().unwrap().weights = name;
+        }
+        model
+    };
+    for (case, attention, words) in [
+        (
+            "bamba-a",
+            false,
+            &["\"attn_layer_indices\": []", "\"num_attention_heads\": 1"][..],
+        ),
+        ("jamba-a", false, &["\"num_attention_heads\": 1"]),
+        ("jamba-a", true, &["\"attn_layer_period\": 1"]),
+        (
+            "granitemoehybrid-a",
+            false,
+            &["\"position_embedding_type\": \"nope\""],
+        ),
+        ("granitemoehybrid-a", true, &["\"mamba_n_heads\": 1"]),
+        ("qwen3_next-a", false, &["\"linear_num_key_heads\": 2"]),
+        ("qwen3_next-a", true, &["\"head_dim\": 16"]),
+    ] {
+        let family = case.split('-').next().unwrap();
+        let text = hf::written(hf::family(family).unwrap(), &only(case, attention)).unwrap();
+        for word in words {
+            assert!(text.contains(word), "{case}: {word} not in {text}");
+        }
+    }
+}
+
+#[test]
+fn a_written_configuration_has_the_types_and_tokens_that_transformers_takes() {
+    use marimba_dsl::model::{Mixer, Model};
+    // Its classes refuse an `expand` that is no whole number. Where another key says the inner width, that one does.
+    let narrow = |case: &str| -> Model {
+        let mut model = edited(case, serde_json::json!({}));
+        for s in model.layers.iter_mut().filter_map(|l| l.mixer.as_mut()) {
+            match &mut s.body {
+                Mixer::Mamba1(x) => x.d_inner = 40,
+                Mixer::Mamba2(x) => x.head_dim = 5,
+                _ => {}
+            }
+        }
+        model
+    };
+    let written = |case: &str, model: &Model| {
+        let family = case.split('-').next().unwrap();
+        hf::written(hf::family(family).unwrap(), model)
+    };
+    for case in [
+        "bamba-a",
+        "jamba-a",
+        "mamba2-a",
+        "zamba-a",
+        "granitemoehybrid-a",
+    ] {
+        let e = written(case, &narrow(case)).unwrap_err();
+        assert!(e.contains("is no multiple of d_model"), "{case}: {e}");
+    }
+    for (case, word) in [
+        ("mamba-a", "\"expand\": 2"),
+        ("nemotron_h-a", "\"mamba_head_dim\": 5"),
+    ] {
+        let text = written(case, &narrow(case)).unwrap();
+        assert!(text.contains(word), "{case}: {text}");
+    }
+    // Phi-3's own padding, 32000, is beyond a small vocabulary; 2 ends continuations of other tokenizers in the middle.
+    let text = written("phi3-a", &edited("phi3-a", serde_json::json!({}))).unwrap();
+    for word in ["\"pad_token_id\": null", "\"eos_token_id\": null"] {
+        assert!(text.contains(word), "{text}");
+    }
+    // A number that serde_json reads to the last bit but one.
+    let yarn = serde_json::json!({ "rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 128,
+        "mscale": 0.707, "mscale_all_dim": 0.5 });
+    let model = edited("llama-a", serde_json::json!({ "rope_parameters": yarn }));
+    written("llama-a", &model).unwrap();
+}
+
+#[test]
 fn an_export_is_what_transformers_makes_of_it() {
     // Half-rotated heads are no words of Llama's, though its configuration would carry them.
     let mut model = edited("llama-a", serde_json::json!({}));

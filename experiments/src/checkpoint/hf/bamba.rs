@@ -60,25 +60,28 @@ fn write(m: &Model) -> Written {
     let f = firsts(m);
     let mut out = write_base(m, FAMILY.model_type, FAMILY.architecture);
     let mamba = f.mamba2.ok_or("it has no Mamba-2 layer")?;
-    write_mamba2(&mut out, mamba, m.d_model);
-    let attention = f.attention.ok_or("it has no attention layer")?;
-    write_attention(&mut out, attention, m.context_len);
+    write_mamba2(&mut out, mamba);
+    let inner = expand(mamba.n_heads * mamba.head_dim, m.d_model)?;
+    match f.attention {
+        Some(attention) => write_attention(&mut out, attention, m.context_len),
+        None => write_no_attention(&mut out),
+    }
     let mlp = f.glu.ok_or("it has no gated ffn")?;
     put(
         &mut out,
-        json!({ "attn_layer_indices": attention_layers(m), "intermediate_size": mlp.d_ff, "mlp_bias": mlp.bias,
+        json!({ "attn_layer_indices": attention_layers(m), "mamba_expand": inner, "intermediate_size": mlp.d_ff, "mlp_bias": mlp.bias,
             "hidden_act": act_name(mlp.act), "rms_norm_eps": m.final_norm.eps }),
     );
-    // 4.x knows the half only; another part of the head can be said in 5.x's words.
-    if let Some(r) = attention
-        .rope
-        .as_ref()
-        .filter(|r| 2 * r.dims != attention.head_dim)
+    // Half of each head is rotated, unless another part stands among the parameters of RoPE.
+    let whole = |r: &&Rope| matches!(r.scaling, RopeScaling::None);
+    if let Some(a) = f.attention
+        && let Some(r) = a.rope.as_ref().filter(whole)
+        && 2 * r.dims != a.head_dim
     {
-        let fraction = r.dims as f64 / attention.head_dim as f64;
+        let fraction = fraction(r.dims, a.head_dim);
         put(
             &mut out,
-            json!({ "rope_parameters": { "rope_type": "default", "rope_theta": r.theta, "partial_rotary_factor": fraction } }),
+            json!({ "rope_scaling": { "rope_type": "default", "partial_rotary_factor": fraction } }),
         );
     }
     Ok(out)

@@ -48,9 +48,18 @@ impl Config {
         let bad = |why: String| CheckpointError::damaged(path, "configuration", why);
         let value: Value =
             serde_json::from_str(&plain_json(text)).map_err(|e| bad(e.to_string()))?;
-        let Value::Object(mut map) = value else {
+        let Value::Object(map) = value else {
             return Err(bad("its top level is not an object".into()));
         };
+        Self::of(path, map)
+    }
+
+    /// Takes what a file holds, or would hold; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Damaged`] when this program's table of defaults is.
+    pub fn of(path: &Path, mut map: Map<String, Value>) -> Result<Self, CheckpointError> {
+        let bad = |why: String| CheckpointError::damaged(path, "configuration", why);
         let family = map.get("model_type").and_then(Value::as_str);
         if let Some(family) = family.map(str::to_string) {
             let known: Map<String, Value> = serde_json::from_str(DEFAULTS)

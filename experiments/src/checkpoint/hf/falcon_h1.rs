@@ -66,7 +66,7 @@ fn write(m: &Model) -> Written {
         f.mamba2.ok_or("its parallel group has no Mamba-2")?,
     );
     write_attention(&mut out, attention, m.context_len);
-    write_mamba2(&mut out, mamba, m.d_model);
+    write_mamba2(&mut out, mamba);
     for b in branches {
         let what = if matches!(b.mixer, Mixer::Attention(_)) {
             "attention"

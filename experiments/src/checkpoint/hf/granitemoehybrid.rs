@@ -95,10 +95,21 @@ fn read(c: &Config) -> Model {
 fn write(m: &Model) -> Written {
     let f = firsts(m);
     let mut out = write_base(m, FAMILY.model_type, FAMILY.architecture);
-    let attention = f.attention.ok_or("it has no attention layer")?;
-    write_attention(&mut out, attention, m.context_len);
-    if let Some(mamba) = f.mamba2 {
-        write_mamba2(&mut out, mamba, m.d_model);
+    match f.attention {
+        // transformers insists, with or without RoPE.
+        Some(a) if a.head_dim > 4 && !a.head_dim.is_multiple_of(2) => {
+            return Err(format!("its heads of {} channels are odd", a.head_dim));
+        }
+        Some(a) => write_attention(&mut out, a, m.context_len),
+        None => write_no_attention(&mut out),
+    }
+    match f.mamba2 {
+        Some(mamba) => {
+            write_mamba2(&mut out, mamba);
+            let inner = expand(mamba.n_heads * mamba.head_dim, m.d_model)?;
+            put(&mut out, json!({ "mamba_expand": inner }));
+        }
+        None => put(&mut out, json!({ "mamba_n_heads": 1 })),
     }
     let at = attention_layers(m);
     let kind = |i: usize| {
@@ -131,8 +142,8 @@ fn write(m: &Model) -> Written {
         .unwrap_or(Act::Silu);
     put(
         &mut out,
-        json!({ "layer_types": kinds, "position_embedding_type": if attention.rope.is_some() { "rope" } else { "nope" },
-            "attention_multiplier": attention.scale, "embedding_multiplier": m.embedding.multiplier,
+        json!({ "layer_types": kinds, "position_embedding_type": if f.attention.is_some_and(|a| a.rope.is_some()) { "rope" } else { "nope" },
+            "attention_multiplier": f.attention.map_or(1.0, |a| a.scale), "embedding_multiplier": m.embedding.multiplier,
             "logits_scaling": 1.0 / m.head.multiplier, "residual_multiplier": residual,
             "num_local_experts": f.moe.map_or(0, |x| x.n_experts), "num_experts_per_tok": f.moe.map_or(0, |x| x.top_k),
             "intermediate_size": f.moe.map_or(0, |x| x.expert.d_ff), "shared_intermediate_size": shared.map_or(0, |g| g.d_ff),

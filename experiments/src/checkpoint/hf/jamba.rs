@@ -75,9 +75,19 @@ fn write(m: &Model) -> Written {
     let f = firsts(m);
     let n = m.layers.len();
     let mut out = write_base(m, FAMILY.model_type, FAMILY.architecture);
-    let mamba = f.mamba1.ok_or("it has no Mamba-1 layer")?;
-    let attention = f.attention.ok_or("it has no attention layer")?;
-    write_attention(&mut out, attention, m.context_len);
+    match f.attention {
+        Some(attention) => write_attention(&mut out, attention, m.context_len),
+        None => write_no_attention(&mut out),
+    }
+    if let Some(mamba) = f.mamba1 {
+        put(
+            &mut out,
+            json!({ "mamba_d_state": mamba.d_state, "mamba_d_conv": mamba.d_conv, "mamba_dt_rank": mamba.dt_rank,
+                "mamba_expand": expand(mamba.d_inner, m.d_model)?, "mamba_conv_bias": mamba.conv_bias,
+                "mamba_proj_bias": mamba.in_proj_bias }),
+        );
+        write_dt(&mut out, mamba.dt_init, (0.0, f64::INFINITY));
+    }
     let (period, offset) =
         period_offset(&attention_layers(m), n).ok_or("attention does not stand at a period")?;
     let experts = period_offset(&moe_layers(m), n).ok_or("experts do not stand at a period")?;
@@ -92,12 +102,8 @@ fn write(m: &Model) -> Written {
             "expert_layer_period": experts.0, "expert_layer_offset": experts.1,
             "num_experts": f.moe.map_or(1, |x| x.n_experts), "num_experts_per_tok": f.moe.map_or(1, |x| x.top_k),
             "router_aux_loss_coef": f.moe.map_or(0.0, |x| x.load_balance), "output_router_logits": false,
-            "intermediate_size": d_ff, "hidden_act": "silu", "rms_norm_eps": m.final_norm.eps,
-            "mamba_d_state": mamba.d_state, "mamba_d_conv": mamba.d_conv, "mamba_dt_rank": mamba.dt_rank,
-            "mamba_expand": ratio(mamba.d_inner, m.d_model), "mamba_conv_bias": mamba.conv_bias,
-            "mamba_proj_bias": mamba.in_proj_bias, "use_mamba_kernels": true }),
+            "intermediate_size": d_ff, "hidden_act": "silu", "rms_norm_eps": m.final_norm.eps, "use_mamba_kernels": true }),
     );
-    write_dt(&mut out, mamba.dt_init, (0.0, f64::INFINITY));
     Ok(out)
 }
 

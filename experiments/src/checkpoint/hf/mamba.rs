@@ -62,7 +62,7 @@ pub(super) fn write_with(m: &Model, family: &Family) -> Written {
     put(
         &mut out,
         json!({ "state_size": s.d_state, "conv_kernel": s.d_conv, "time_step_rank": s.dt_rank,
-            "expand": ratio(s.d_inner, m.d_model), "intermediate_size": s.d_inner, "use_bias": s.in_proj_bias,
+            "expand": s.d_inner.div_ceil(m.d_model.max(1)), "intermediate_size": s.d_inner, "use_bias": s.in_proj_bias,
             "use_conv_bias": s.conv_bias, "hidden_act": "silu", "layer_norm_epsilon": m.final_norm.eps,
             "residual_in_fp32": true, "rescale_prenorm_residual": false }),
     );

@@ -64,7 +64,7 @@ fn write(m: &Model) -> Written {
     put(
         &mut out,
         json!({ "num_heads": s.n_heads, "head_dim": s.head_dim, "state_size": s.d_state, "n_groups": s.n_groups,
-            "conv_kernel": s.d_conv, "expand": ratio(s.n_heads * s.head_dim, m.d_model), "chunk_size": s.chunk_size,
+            "conv_kernel": s.d_conv, "expand": expand(s.n_heads * s.head_dim, m.d_model)?, "chunk_size": s.chunk_size,
             "use_bias": s.in_proj_bias, "use_conv_bias": s.conv_bias, "hidden_act": "silu", "rms_norm": true,
             "layer_norm_epsilon": m.final_norm.eps, "residual_in_fp32": true, "rescale_prenorm_residual": false }),
     );

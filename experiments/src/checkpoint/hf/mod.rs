@@ -795,9 +795,10 @@ fn configuration(
         Some(f) => vec![f],
         None => FAMILIES.iter().collect(),
     };
+    let known = token_ids(&hf.join("config.json"))?;
     let mut reasons = Vec::new();
     for f in candidates {
-        match written(f, model) {
+        match written_with(f, model, &known) {
             Ok(text) => return Ok((f, retyped(&text, options.dtype))),
             Err(why) => reasons.push(format!("{}: {why}", f.model_type)),
         }
@@ -809,14 +810,34 @@ fn configuration(
     })
 }
 
+/// The tokens of a meaning that an imported configuration names.
+fn token_ids(path: &Path) -> Result<Map<String, Value>, CheckpointError> {
+    if !path.is_file() {
+        return Ok(Map::new());
+    }
+    let config = Config::read(path)?;
+    let known = |key: &&str| Some((key.to_string(), config.get(key)?.clone()));
+    Ok(parts::TOKEN_IDS.iter().filter_map(known).collect())
+}
+
 /// The configuration a family writes for a model, if reading it gives the model back.
 ///
 /// # Errors
 /// Why the family has no words for it.
 pub fn written(family: &Family, model: &Model) -> Result<String, String> {
-    let map = (family.write)(model)?;
-    let text = format!("{:#}\n", Value::Object(map));
-    let config = Config::parse(Path::new("config.json"), &text).map_err(|e| e.to_string())?;
+    written_with(family, model, &Map::new())
+}
+
+fn written_with(
+    family: &Family,
+    model: &Model,
+    known: &Map<String, Value>,
+) -> Result<String, String> {
+    let mut map = (family.write)(model)?;
+    map.extend(known.clone());
+    let text = format!("{:#}\n", Value::Object(map.clone()));
+    // From the numbers, not the text: serde_json prints them exactly, as Python reads them, but reads them to the last bit but one.
+    let config = Config::of(Path::new("config.json"), map).map_err(|e| e.to_string())?;
     let back = (family.read)(&config);
     let back = config.finish(back).map_err(|e| e.to_string())?;
     if !same(&back, model) {

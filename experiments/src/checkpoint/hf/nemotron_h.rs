@@ -198,8 +198,7 @@ fn write(m: &Model) -> Written {
             &mut out,
             json!({ "mamba_num_heads": s.n_heads, "mamba_head_dim": s.head_dim, "ssm_state_size": s.d_state,
                 "n_groups": s.n_groups, "conv_kernel": s.d_conv, "chunk_size": s.chunk_size,
-                "use_conv_bias": s.conv_bias, "use_bias": s.in_proj_bias, "mamba_hidden_act": "silu",
-                "expand": ratio(s.n_heads * s.head_dim, m.d_model) }),
+                "use_conv_bias": s.conv_bias, "use_bias": s.in_proj_bias, "mamba_hidden_act": "silu" }),
         );
         write_dt(&mut out, s.dt_init, (0.0, f64::INFINITY));
         // Where dt is clamped, too.

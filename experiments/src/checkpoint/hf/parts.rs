@@ -334,10 +334,17 @@ pub(super) fn write_base(m: &Model, model_type: &str, architecture: &str) -> Map
     put("tie_word_embeddings", json!(m.head.tied));
     put("initializer_range", json!(m.init.std));
     put("rescale_prenorm_residual", json!(m.init.scale_output));
+    // The classes' own need not be in the vocabulary, or would end every continuation.
+    for key in TOKEN_IDS {
+        put(key, Value::Null);
+    }
     put("torch_dtype", json!("float32"));
     put("use_cache", json!(true));
     out
 }
+
+/// Tokens of a meaning, of which a model knows nothing.
+pub(super) const TOKEN_IDS: [&str; 3] = ["pad_token_id", "bos_token_id", "eos_token_id"];
 
 /// Adds the fields of an object.
 pub(super) fn put(out: &mut Map<String, Value>, fields: Value) {
@@ -354,11 +361,12 @@ pub(super) fn write_attention(out: &mut Map<String, Value>, a: &Attention, conte
             "attention_bias": a.qkv_bias, "attention_dropout": 0.0 }),
     );
     let Some(r) = &a.rope else { return };
+    let fraction = fraction(r.dims, a.head_dim);
     put(
         out,
-        json!({ "rope_theta": r.theta, "partial_rotary_factor": r.dims as f64 / a.head_dim as f64 }),
+        json!({ "rope_theta": r.theta, "partial_rotary_factor": fraction }),
     );
-    let scaling = match &r.scaling {
+    let mut scaling = match &r.scaling {
         RopeScaling::None => Value::Null,
         RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
         RopeScaling::Llama3 {
@@ -390,27 +398,50 @@ pub(super) fn write_attention(out: &mut Map<String, Value>, a: &Attention, conte
             "original_max_position_embeddings": original_context_len, "attention_factor": attention_factor,
             "factor": context_len as f64 / *original_context_len as f64 }),
     };
+    // Bamba looks for it here only.
+    if let Value::Object(inside) = &mut scaling {
+        inside.insert("partial_rotary_factor".into(), json!(fraction));
+    }
     put(out, json!({ "rope_scaling": scaling }));
 }
 
-/// Mamba-2 under the keys `mamba_*`.
-pub(super) fn write_mamba2(out: &mut Map<String, Value>, s: &Mamba2, d_model: usize) {
+/// The `partial_rotary_factor` that makes `dims` of `head_dim` channels, which transformers rounds down.
+pub(super) fn fraction(dims: usize, head_dim: usize) -> f64 {
+    let exact = dims as f64 / head_dim as f64;
+    if (head_dim as f64 * exact) as usize == dims {
+        exact
+    } else {
+        (dims as f64 + 0.5) / head_dim as f64
+    }
+}
+
+/// Keys of an attention that no layer has.
+pub(super) fn write_no_attention(out: &mut Map<String, Value>) {
+    put(
+        out,
+        json!({ "num_attention_heads": 1, "num_key_value_heads": 1 }),
+    );
+}
+
+/// Mamba-2 under the keys `mamba_*`; the inner width is said elsewhere.
+pub(super) fn write_mamba2(out: &mut Map<String, Value>, s: &Mamba2) {
     put(
         out,
         json!({ "mamba_n_heads": s.n_heads, "mamba_d_head": s.head_dim, "mamba_n_groups": s.n_groups,
             "mamba_d_state": s.d_state, "mamba_d_conv": s.d_conv, "mamba_chunk_size": s.chunk_size,
-            "mamba_expand": ratio(s.n_heads * s.head_dim, d_model), "mamba_conv_bias": s.conv_bias,
-            "mamba_proj_bias": s.in_proj_bias }),
+            "mamba_conv_bias": s.conv_bias, "mamba_proj_bias": s.in_proj_bias }),
     );
     write_dt(out, s.dt_init, s.dt_limit);
 }
 
-/// `a / b`, whole where it is.
-pub(super) fn ratio(a: usize, b: usize) -> Value {
-    if a.is_multiple_of(b.max(1)) {
-        json!(a / b.max(1))
+/// `d_inner / d_model`, where a family has only this to say how wide its mixers are; transformers takes nothing but a whole number.
+pub(super) fn expand(d_inner: usize, d_model: usize) -> Result<usize, String> {
+    if d_inner.is_multiple_of(d_model.max(1)) {
+        Ok(d_inner / d_model.max(1))
     } else {
-        json!(a as f64 / b as f64)
+        Err(format!(
+            "the inner width {d_inner} of its mixers is no multiple of d_model {d_model}"
+        ))
     }
 }
 

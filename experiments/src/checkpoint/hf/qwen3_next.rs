@@ -129,12 +129,17 @@ const CHUNK: usize = 64;
 fn write(m: &Model) -> Written {
     let f = firsts(m);
     let mut out = write_base(m, FAMILY.model_type, FAMILY.architecture);
-    let delta = f.delta.ok_or("it has no gated DeltaNet layer")?;
-    write_attention(
-        &mut out,
-        f.attention.ok_or("it has no attention layer")?,
-        m.context_len,
-    );
+    if let Some(attention) = f.attention {
+        write_attention(&mut out, attention, m.context_len);
+    }
+    if let Some(delta) = f.delta {
+        put(
+            &mut out,
+            json!({ "linear_num_key_heads": delta.n_k_heads, "linear_num_value_heads": delta.n_v_heads,
+                "linear_key_head_dim": delta.k_head_dim, "linear_value_head_dim": delta.v_head_dim,
+                "linear_conv_kernel_dim": delta.d_conv }),
+        );
+    }
     let at = attention_layers(m);
     let kind = |i: usize| {
         if at.contains(&i) {
@@ -150,9 +155,7 @@ fn write(m: &Model) -> Written {
         .collect();
     put(
         &mut out,
-        json!({ "layer_types": kinds, "linear_num_key_heads": delta.n_k_heads, "linear_num_value_heads": delta.n_v_heads,
-            "linear_key_head_dim": delta.k_head_dim, "linear_value_head_dim": delta.v_head_dim,
-            "linear_conv_kernel_dim": delta.d_conv, "hidden_act": "silu", "rms_norm_eps": m.final_norm.eps,
+        json!({ "layer_types": kinds, "hidden_act": "silu", "rms_norm_eps": m.final_norm.eps,
             "num_experts": f.moe.map_or(0, |x| x.n_experts), "mlp_only_layers": dense, "decoder_sparse_step": 1,
             "intermediate_size": f.glu.map_or(1, |g| g.d_ff) }),
     );

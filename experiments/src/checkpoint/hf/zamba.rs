@@ -124,7 +124,7 @@ fn write(m: &Model) -> Written {
             "attention_hidden_size": 2 * m.d_model, "intermediate_size": ffn.d_ff, "hidden_act": act_name(ffn.act),
             "hidden_mamba_act": "silu", "rms_norm_eps": m.final_norm.eps, "n_mamba_heads": s.n_heads,
             "mamba_d_state": s.d_state, "mamba_d_conv": s.d_conv, "mamba_dt_rank": s.dt_rank,
-            "mamba_expand": ratio(s.d_inner, m.d_model), "mamba_conv_bias": s.conv_bias,
+            "mamba_expand": expand(s.d_inner, m.d_model)?, "mamba_conv_bias": s.conv_bias,
             "mamba_proj_bias": s.in_proj_bias, "use_mamba_kernels": true }),
     );
     write_dt(&mut out, s.dt_init, (0.0, f64::INFINITY));
