@@ -1,5 +1,5 @@
-// A thread has V neighbouring channels and walks over a run of L tokens with the last K-1 inputs in registers, STEP tokens at a time. The
-// loads of the next tokens are under way while these are computed. Grid (channels, runs, B).
+// A thread has V neighbouring channels and walks over a run of L tokens with the last K-1 inputs in registers, STEP tokens at a time, while
+// the next (AHEAD - 1) STEP tokens are under way. Grid (channels, runs, B).
 #ifndef K
 #define K 4
 #endif
@@ -13,39 +13,10 @@
 #ifndef STEP
 #define STEP 4
 #endif
+#ifndef AHEAD
+#define AHEAD 4
+#endif
 #define PAST (K > 1 ? K - 1 : 1)
-// V elements as they lie in memory, at a multiple of their size; zeros where there are none.
-template <class T> struct Raw {
-    static constexpr int BYTES = V * sizeof(T), WORDS = (BYTES + 3) / 4;
-    u32 w[WORDS];
-    __device__ __forceinline__ void take(const T* p, bool on) {
-#pragma unroll
-        for (int i = 0; i < WORDS; i++) w[i] = 0;
-        if (!on) return;
-        if constexpr (BYTES % 16 == 0)
-#pragma unroll
-            for (int i = 0; i < WORDS; i += 4) {
-                uint4 a = *(const uint4*)((const u32*)p + i);
-                w[i] = a.x, w[i + 1] = a.y, w[i + 2] = a.z, w[i + 3] = a.w;
-            }
-        else if constexpr (BYTES == 8) {
-            uint2 a = *(const uint2*)p;
-            w[0] = a.x, w[1] = a.y;
-        } else if constexpr (BYTES == 4) w[0] = *(const u32*)p;
-        else w[0] = *(const u16*)p;
-    }
-    __device__ __forceinline__ float get(int v) const {
-        if constexpr (sizeof(T) == 4) return __uint_as_float(w[v]);
-        else {
-            T e = {(u16)(w[v / 2] >> v % 2 * 16)};
-            return widen(e);
-        }
-    }
-    __device__ __forceinline__ void open(float* to) const {
-#pragma unroll
-        for (int v = 0; v < V; v++) to[v] = get(v);
-    }
-};
 template <class T> __device__ __forceinline__ void put(T* to, const float* v) {
     if constexpr (V == 2 && sizeof(T) == 2) {
         T e[2];
@@ -54,23 +25,50 @@ template <class T> __device__ __forceinline__ void put(T* to, const float* v) {
         *(u32*)to = e[0].x | (u32)e[1].x << 16;
     } else store<V>(to, v);
 }
+// Tokens of one thread that are under way to shared memory, which no other thread reads: STEP in a group, AHEAD groups in turn. Registers
+// would hold too few of them to keep the memory busy.
+template <class T> struct Ring {
+    static constexpr int BYTES = V * sizeof(T), SIZE = AHEAD * STEP * BYTES;
+    unsigned char* own;
+    __device__ __forceinline__ void init(unsigned char* shared) { own = shared + threadIdx.x * BYTES; }
+    __device__ __forceinline__ T* slot(int g, int u) const { return (T*)(own + (g % AHEAD * STEP + u) * blockDim.x * BYTES); }
+    // V elements, or zeros.
+    __device__ __forceinline__ void ask(int g, int u, const T* p, bool on) {
+        T* to = slot(g, u);
+        u32 at = shared_address(to);
+        if constexpr (BYTES % 16 == 0)
+#pragma unroll
+            for (int i = 0; i < BYTES; i += 16) cp16(at + i, (const char*)p + i, on ? 16 : 0);
+        else if constexpr (BYTES == 4 || BYTES == 8)
+            asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(at), "l"(__cvta_generic_to_global(p)), "n"(BYTES), "r"(on ? BYTES : 0) : "memory");
+        else
+#pragma unroll
+            for (int v = 0; v < V; v++) to[v] = on ? p[v] : T{};
+    }
+    __device__ __forceinline__ void take(float* to, int g, int u) const { load<V>(to, slot(g, u)); }
+};
 // The input at t, from the state where t is before the sequence.
 __device__ __forceinline__ void input(float* to, const TA0* x, const TA4* state, i64 b, int t, int c, int T, int I) {
-    Raw<TA0> r;
-    r.take(x + (b * T + t) * I + c, t >= 0 && t < T);
-    r.open(to);
+#pragma unroll
+    for (int v = 0; v < V; v++) to[v] = 0;
+    if (t >= 0 && t < T) load<V>(to, x + (b * T + t) * I + c);
     if (t < 0 && state && t + K - 1 >= 0)
 #pragma unroll
         for (int v = 0; v < V; v++) to[v] = ld(state, (b * (K - 1) + K - 1 + t) * I + c + v);
 }
-// w[j] multiplies the input j tokens back.
+// w[j] multiplies the input j tokens back. The weights of neighbouring channels lie beside each other.
 __device__ __forceinline__ void taps(float (*w)[V], float* bias, const TA1* weight, const TA2* b, int c) {
+    constexpr int W = V > 1 ? V * K : 1;
+    float all[V * K];
 #pragma unroll
-    for (int v = 0; v < V; v++) {
-        bias[v] = b ? ld(b, c + v) : 0.f;
+    for (int i = 0; i < V * K; i += W) load<W>(all + i, weight + (i64)c * K + i);
 #pragma unroll
-        for (int j = 0; j < K; j++) w[j][v] = ld(weight, (i64)(c + v) * K + K - 1 - j);
-    }
+    for (int v = 0; v < V; v++) bias[v] = 0;
+    if (b) load<V>(bias, b + c);
+#pragma unroll
+    for (int v = 0; v < V; v++)
+#pragma unroll
+        for (int j = 0; j < K; j++) w[j][v] = all[v * K + K - 1 - j];
 }
 KERNEL conv(const TA0* x, const TA1* w, const TA2* bias, const int* pos, const TA4* state, TR0* y, int T, int I, int L) {
     early();
@@ -79,21 +77,26 @@ KERNEL conv(const TA0* x, const TA1* w, const TA2* bias, const int* pos, const T
     i64 b = blockIdx.z;
     const TA0* rows = x + b * T * I + c;
     float wt[K][V], bs[V], h[PAST + STEP][V];
-    Raw<TA0> next[STEP];
+    DYNAMIC_SHARED(shared);
+    Ring<TA0> ring;
+    ring.init(shared);
     int reach[STEP], far[STEP];
-    auto load = [&](int t0, bool inside) {
+    auto fetch = [&](int g) {
+        int t0 = from + g * STEP;
 #pragma unroll
         for (int u = 0; u < STEP; u++) {
-            bool on = inside || t0 + u < to;
-            next[u].take(rows + (i64)(t0 + u) * I, on);
-            far[u] = pos && on ? pos[b * T + t0 + u] : K;
+            bool on = t0 + u < to;
+            ring.ask(g, u, on ? rows + (i64)(t0 + u) * I : rows, on);
         }
+        cp_commit();
     };
-    auto fetch = [&](int t0) {
-        if (t0 + STEP <= to) load(t0, true);
-        else load(t0, false);
+    auto look = [&](int t0) {
+#pragma unroll
+        for (int u = 0; u < STEP; u++) far[u] = pos && t0 + u < to ? pos[b * T + t0 + u] : K;
     };
-    fetch(from);
+#pragma unroll
+    for (int g = 0; g < AHEAD - 1; g++) fetch(g);
+    look(from);
     taps(wt, bs, w, bias, c);
 #pragma unroll
     for (int j = 0; j < K - 1; j++) input(h[PAST - 1 - j], x, state, b, from - 1 - j, c, T, I);
@@ -115,15 +118,17 @@ KERNEL conv(const TA0* x, const TA1* w, const TA2* bias, const int* pos, const T
             if (inside || t0 + u < to) put(y + (b * T + t0 + u) * I + c, s);
         }
     };
-    for (int t0 = from; t0 < to; t0 += STEP) {
+    for (int t0 = from, g = 0; t0 < to; t0 += STEP, g++) {
         bool whole = t0 + STEP <= to;
+        cp_wait<AHEAD - 2>();
 #pragma unroll
         for (int u = 0; u < STEP; u++) {
-            next[u].open(h[PAST + u]);
+            ring.take(h[PAST + u], g, u);
             reach[u] = far[u];
             whole = whole && reach[u] >= K - 1;
         }
-        fetch(t0 + STEP);
+        fetch(g + AHEAD - 1);
+        look(t0 + STEP);
         if (whole) walk(t0, true);
         else walk(t0, false);
 #pragma unroll
@@ -155,23 +160,30 @@ KERNEL conv_bwd(const TA0* x, const TA1* w, const TA2* bias, const int* pos, con
     const int end = to + K - 1 < T ? to + K - 1 : T;
     // g[PAST + u - j]: the gradient of the input at t0 + u - j.
     float wt[K][V], bs[V], h[PAST + STEP][V], g[PAST + STEP][V], dw[K][V] = {}, db[V] = {};
-    Raw<TA0> next[STEP];
-    Raw<TA4> grad[STEP];
+    DYNAMIC_SHARED(shared);
+    Ring<TA0> next;
+    Ring<TA4> grad;
+    next.init(shared);
+    grad.init(shared + blockDim.x * Ring<TA0>::SIZE);
     int far[STEP];
-    auto load = [&](int t0, bool inside) {
+    auto fetch = [&](int g) {
+        int t0 = from + g * STEP;
 #pragma unroll
         for (int u = 0; u < STEP; u++) {
-            bool on = inside || t0 + u < end;
-            next[u].take(x + base + (i64)(t0 + u) * I, on);
-            grad[u].take(dy + base + (i64)(t0 + u) * I, on);
-            far[u] = pos && on ? pos[b * T + t0 + u] : K;
+            bool on = t0 + u < end;
+            i64 i = base + (on ? (i64)(t0 + u) * I : 0);
+            next.ask(g, u, x + i, on);
+            grad.ask(g, u, dy + i, on);
         }
+        cp_commit();
     };
-    auto fetch = [&](int t0) {
-        if (t0 + STEP <= end) load(t0, true);
-        else load(t0, false);
+    auto look = [&](int t0) {
+#pragma unroll
+        for (int u = 0; u < STEP; u++) far[u] = pos && t0 + u < end ? pos[b * T + t0 + u] : K;
     };
-    fetch(from);
+#pragma unroll
+    for (int g = 0; g < AHEAD - 1; g++) fetch(g);
+    look(from);
     taps(wt, bs, w, bias, c);
 #pragma unroll
     for (int j = 0; j < PAST + STEP; j++)
@@ -217,18 +229,20 @@ KERNEL conv_bwd(const TA0* x, const TA1* w, const TA2* bias, const int* pos, con
             if (inside || (done >= from && done < to)) put(dx + base + (i64)done * I, g[PAST + u - (K - 1)]);
         }
     };
-    for (int t0 = from; t0 < to + K - 1; t0 += STEP) {
+    for (int t0 = from, n = 0; t0 < to + K - 1; t0 += STEP, n++) {
         float d[STEP][V];
         int reach[STEP];
         bool whole = t0 >= from + K - 1 && t0 + STEP <= to;
+        cp_wait<AHEAD - 2>();
 #pragma unroll
         for (int u = 0; u < STEP; u++) {
-            next[u].open(h[PAST + u]);
-            grad[u].open(d[u]);
+            next.take(h[PAST + u], n, u);
+            grad.take(d[u], n, u);
             reach[u] = far[u];
             whole = whole && reach[u] >= K - 1;
         }
-        fetch(t0 + STEP);
+        fetch(n + AHEAD - 1);
+        look(t0 + STEP);
         if (whole) walk(t0, reach, d, true);
         else walk(t0, reach, d, false);
 #pragma unroll
@@ -243,13 +257,16 @@ KERNEL conv_bwd(const TA0* x, const TA1* w, const TA2* bias, const int* pos, con
 #pragma unroll
             for (int v = 0; v < V; v++) g[j][v] = 0;
     }
-    float* p = part + (i64)(b * gridDim.y + blockIdx.y) * I * (K + 1);
+    float *p = part + (i64)(b * gridDim.y + blockIdx.y) * I * (K + 1), *pw = p + (i64)c * K, *pb = p + (i64)I * K + c;
+    constexpr int W = V > 1 ? V * K : 1;
+    float all[V * K];
 #pragma unroll
-    for (int v = 0; v < V; v++) {
+    for (int v = 0; v < V; v++)
 #pragma unroll
-        for (int j = 0; j < K; j++) p[(i64)(c + v) * K + K - 1 - j] = dw[j][v];
-        p[(i64)I * K + c + v] = db[v];
-    }
+        for (int j = 0; j < K; j++) all[v * K + K - 1 - j] = dw[j][v];
+#pragma unroll
+    for (int i = 0; i < V * K; i += W) store<W>(pw + i, all + i);
+    store<V>(pb, db);
 }
 // One token a sequence, which also becomes the last of the state; a thread a channel.
 KERNEL conv_step(const TA0* x, const TA1* w, const TA2* bias, const int* pos, TA4* state, TR0* y, i64 n, int I, int act) {

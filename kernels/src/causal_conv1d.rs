@@ -7,6 +7,10 @@ use crate::reduce::sum_parts_of_two;
 const RUN: (usize, usize) = (32, 8);
 const RUN_BWD: (usize, usize) = (128, 16);
 
+/// Tokens that a thread computes at a time, and how many times that lie in shared memory or are under way to it.
+const STEP: usize = 4;
+const AHEAD: usize = 4;
+
 /// Threads of a block that keeps states.
 const STATE_BLOCK: usize = 256;
 
@@ -22,6 +26,14 @@ struct Shape {
     /// Threads of a block.
     block: usize,
     grid: [usize; 3],
+}
+
+impl Shape {
+    /// Bytes of shared memory of a block that reads these.
+    fn shared(&self, tensors: &[&Tensor]) -> usize {
+        let bytes: usize = tensors.iter().map(|t| t.dtype.bytes()).sum();
+        self.block * self.channels * STEP * AHEAD * bytes
+    }
 }
 
 /// For sizes B, T, I.
@@ -54,6 +66,8 @@ fn defines(a: &Args, channels: usize, silu: bool) -> Vec<(String, String)> {
         define("K", a.arg(1).size(1)),
         define("V", channels),
         define("ACT", i32::from(silu)),
+        define("STEP", STEP),
+        define("AHEAD", AHEAD),
     ]);
     d
 }
@@ -65,12 +79,14 @@ pub fn causal_conv1d(r: &mut Recorder, a: &Args, silu: bool) {
     if t == 1 && state.is_present() && !state.is_empty() {
         return step(r, a, silu);
     }
-    let s = shape((x.size(0), t, i), RUN, &[x, a.res(0)]);
-    r.launch(
+    let (w, b) = (a.arg(1), a.arg(2));
+    let s = shape((x.size(0), t, i), RUN, &[x, w, b, a.res(0)]);
+    r.launch_shared(
         ("causal_conv1d", "conv"),
         defines(a, s.channels, silu),
         s.grid,
         s.block,
+        s.shared(&[x]),
         vec![
             x.into(),
             a.arg(1).into(),
@@ -127,16 +143,17 @@ fn step(r: &mut Recorder, a: &Args, silu: bool) {
 pub fn causal_conv1d_bwd(r: &mut Recorder, a: &Args, silu: bool) {
     let (x, w, b, dy) = (a.arg(0), a.arg(1), a.arg(2), a.arg(4));
     let (t, i, k) = (x.size(1), x.size(2), w.size(1));
-    let s = shape((x.size(0), t, i), RUN_BWD, &[x, dy, a.res(0)]);
+    let s = shape((x.size(0), t, i), RUN_BWD, &[x, w, b, dy, a.res(0)]);
     let n = s.grid[1] * x.size(0);
     let stride = i * (k + 1);
     let mut part = r.scratch(DType::F32, n * stride);
     part.dims = vec![n, stride];
-    r.launch(
+    r.launch_shared(
         ("causal_conv1d", "conv_bwd"),
         defines(a, s.channels, silu),
         s.grid,
         s.block,
+        s.shared(&[x, dy]),
         vec![
             x.into(),
             w.into(),
