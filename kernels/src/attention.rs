@@ -68,9 +68,13 @@ const FEW: usize = 16;
 /// Bytes of keys and values that blocks running at the same time may share through the cache.
 const CACHED: usize = 24 << 20;
 
-/// How many of `all` things of `bytes` each are worked on at the same time.
-fn together(bytes: usize, all: usize) -> usize {
-    (CACHED / bytes.max(1)).clamp(1, all.max(1))
+/// Bytes that blocks of the backward pass running at the same time may read and add to: each walks over all of a head's queries, in step
+/// with the others, so that this may be more than the cache holds.
+const ADDED: usize = 64 << 20;
+
+/// How many of `all` things of `bytes` each are worked on at the same time, where `room` bytes are shared through the cache.
+fn shared_by(room: usize, bytes: usize, all: usize) -> usize {
+    (room / bytes.max(1)).clamp(1, all.max(1))
 }
 
 /// Whether the tensor-core kernels serve these tensors.
@@ -125,7 +129,7 @@ fn forward_tensor(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>)
     params.extend([a.res(0).into(), a.res(1).into()]);
     params.extend([int(b), int(t), int(h), int(g), Param::Float(scale)]);
     params.push(window_param(window));
-    params.push(int(together(s * p * 4, b * g) * (h / g)));
+    params.push(int(shared_by(CACHED, s * p * 4, b * g) * (h / g)));
     let shared = wide * 128 * (TILE + 4 * walked) + SLACK;
     let blocks = (t.div_ceil(TILE) * b * h).min(r.target().multiprocessors);
     launch_tensor(r, p, "attn_fwd_tc", (blocks, 384, shared), params);
@@ -183,8 +187,12 @@ fn backward_tensor(r: &mut Recorder, a: &Args, scale: f32, window: Option<usize>
     params.extend(inputs);
     params.extend([a.res(1).into(), a.res(2).into(), (&sums).into()]);
     params.extend(sizes);
-    // The longest first, over all heads: the last to start must not be long.
-    params.push(int(b * g));
+    // The longest first: the last to start must not be long. Over as many groups as have a head's queries, `dout` and sums of dq in the cache.
+    let reach = window.map_or(t, |w| t.min(w.saturating_add(TILE)));
+    params.push(int(match summed {
+        true => shared_by(ADDED, reach * p * 8, b * g),
+        false => b * g,
+    }));
     let blocks = tiles * b * g;
     let shared = 4 * tile + tile / 2 + 4 * 1024 + SLACK;
     if !summed {

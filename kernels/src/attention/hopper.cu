@@ -67,7 +67,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_fwd_tc(const __grid_co
     registers_more<232>();
     int w = uniform(group - 1), warp = (threadIdx.x >> 5) & 3, row = 64 * w + 16 * warp + (lane >> 2);
     float sl = scale * LOG2E;
+#if HB > 2
     u64 qd = operand(qs + w * 8192);
+#endif
     // Whose turn it is to issue products: a warpgroup computes its softmax under the products of the other.
     if (w == 1) named_arrive(1, 256);
     int n = 0, stage = 0, phase = 0;
@@ -82,11 +84,19 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_fwd_tc(const __grid_co
         int sure_from = __reduce_max_sync(FULL, max(lo0, lo1)), sure_to = s0 + t0 + 64 * w + 16 * warp;
         float o[32 * HB], s[KN / 2], top[2] = {-INF, -INF}, sum[2] = {0, 0}, fix[2];
         u32 p[KN / 4];
+#if HB <= 2
+        u32 qf[16 * HB];
+#endif
         auto scores = [&](int st) {
             u64 kd = operand(ks + st * K_BYTES);
 #pragma unroll
-            for (int kk = 0; kk < 4 * HB; kk++)
+            for (int kk = 0; kk < 4 * HB; kk++) {
+#if HB <= 2
+                mma<0>(s, qf + 4 * kk, along(kd, (kk >> 2) * KN * 128 + (kk & 3) * 32), kk > 0);
+#else
                 mma<0, 0>(s, along(qd, (kk >> 2) * QM * 128 + (kk & 3) * 32), along(kd, (kk >> 2) * KN * 128 + (kk & 3) * 32), kk > 0);
+#endif
+            }
         };
         // Slots after those of the queries may hold anything, which no share of 0 makes 0: each warpgroup clears them for itself.
         auto clear = [&](int st, int j) {
@@ -110,6 +120,15 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_fwd_tc(const __grid_co
             soften(s, top, sum, fix, sl);
         };
         bar_wait(q_full, n & 1);
+#if HB <= 2
+        // Queries as operands in registers: a third less is read from shared memory for the scores.
+        u32 q_row = qs + (64 * w + 16 * warp + (lane & 15)) * 128;
+#pragma unroll
+        for (int kk = 0; kk < 4 * HB; kk++)
+            asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(qf[4 * kk]), "=r"(qf[4 * kk + 1]), "=r"(qf[4 * kk + 2]), "=r"(qf[4 * kk + 3]) : "r"(q_row + (kk >> 2) * QM * 128 + (((kk & 3) * 2 + (lane >> 4) ^ lane & 7) << 4)) : "memory");
+        warp_arrive(q_empty);
+        pin(qf);
+#endif
         bar_wait(k_full + 8 * stage, phase);
         named_wait(1 + w, 256);
         mma_begin();
@@ -155,7 +174,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) attn_fwd_tc(const __grid_co
                 o[4 * x + 3] *= fix[1];
             }
         }
+#if HB > 2
         warp_arrive(q_empty);
+#endif
         bar_wait(v_full + 8 * stage, phase);
         clear(stage, first);
         pin(p);

@@ -23,12 +23,6 @@ __device__ __forceinline__ void give(const float (&v)[NN / 2], bf16* to, float* 
 }
 // A number as a pair of bf16.
 __device__ __forceinline__ u32 twice(float x) { return pack(x, x); }
-// This warp's 16 rows of a tile [64][16 COUNT] in registers, as an operand and as accumulators lie.
-template <int COUNT> __device__ __forceinline__ void get_rows(u32* v, u32 from) {
-    int wr = (threadIdx.x >> 5 & 3) * 16;
-#pragma unroll
-    for (int j = 0; j < COUNT; j++) ldsm4(*(u32(*)[4])(v + 4 * j), frag_a<64>(from + (j >> 2) * PLANE, wr, (j & 3) * 16));
-}
 // All gradients of a tile, the states before it and the gradients after it being there. Grid (tiles, G splits, B): a block takes the heads of
 // its share of the group one after the other and keeps the sums of db and dc. The first warpgroup has rows of outputs: dy x', and from it what
 // each token gives through the tile; dc. The second has rows of inputs: dx and db. The third brings what they read and makes the gradients of

@@ -138,7 +138,12 @@ template <int N, class Bring, class After> __device__ __forceinline__ void fill(
         land();
     }
 }
-// What all lanes of a warp know to be one number.
+// This warp's 16 rows of a tile [64][16 COUNT] in registers, as an operand and as accumulators lie.
+template <int COUNT> __device__ __forceinline__ void get_rows(u32* v, u32 from) {
+    int wr = (threadIdx.x >> 5 & 3) * 16;
+#pragma unroll
+    for (int j = 0; j < COUNT; j++) ldsm4(*(u32(*)[4])(v + 4 * j), frag_a<64>(from + (j >> 2) * PLANE, wr, (j & 3) * 16));
+}
 __device__ __forceinline__ void stsm4(u32 at, u32 a, u32 b, u32 c, u32 d) { asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(at), "r"(a), "r"(b), "r"(c), "r"(d) : "memory"); }
 // This warp's 16 rows of an accumulator [64][16 COUNT], as pairs of bf16.
 template <int COUNT> __device__ __forceinline__ void put_pairs(u32 to, const u32* v) {

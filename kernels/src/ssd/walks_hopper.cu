@@ -184,16 +184,27 @@ KERNEL __launch_bounds__(WALKERS, 1) ssd_tiles(const bf16* x, const bf16* b, con
         const float *cm = sc.cum[w], *ky = sc.key[w];
         int start = sc.first[Q - 1];
         float cb[32], ya[32];
+#if NN <= 128
+        // As an operand of both products.
+        u32 cr[NN / 4];
+        get_rows<NN / 16>(cr, ctile);
+#endif
         if (saved && cursor.inner == 0) save_rows(s, saved + (chunk_at++ * H + own.h0 + w) * P * N, own.p0, P, N);
         // No branches while products are under way: the compiler would wait for each of them.
         pin(cb);
         pin(ya);
+#if NN <= 128
+        pin(cr);
+#define MMA_C(d, kk, b) mma<0>(d, cr + 4 * (kk), b, (kk) > 0)
+#else
+#define MMA_C(d, kk, b) mma<0, 0>(d, along(operand(ctile), ((kk) >> 2) * PLANE + ((kk) & 3) * 32), b, (kk) > 0)
+#endif
         mma_begin();
 #pragma unroll
-        for (int kk = 0; kk < NN / 16; kk++) mma<0, 0>(cb, along(operand(ctile), (kk >> 2) * PLANE + (kk & 3) * 32), along(operand(btile), (kk >> 2) * PLANE + (kk & 3) * 32), kk > 0);
+        for (int kk = 0; kk < NN / 16; kk++) MMA_C(cb, kk, along(operand(btile), (kk >> 2) * PLANE + (kk & 3) * 32));
         mma_commit();
 #pragma unroll
-        for (int kk = 0; kk < NN / 16; kk++) mma<0, 0>(ya, along(operand(ctile), (kk >> 2) * PLANE + (kk & 3) * 32), along(operand(stile), (kk >> 2) * PLANE + (kk & 3) * 32), kk > 0);
+        for (int kk = 0; kk < NN / 16; kk++) MMA_C(ya, kk, along(operand(stile), (kk >> 2) * PLANE + (kk & 3) * 32));
         mma_commit();
         leave();
         float last = cm[Q - 1], decay = start < 0 ? exp2_fast(last) : 0.f;
@@ -240,6 +251,9 @@ KERNEL __launch_bounds__(WALKERS, 1) ssd_tiles(const bf16* x, const bf16* b, con
         float w0 = start < 0 || sc.first[q0] < 0 ? exp2_fast(c0) : 0.f, w1 = start < 0 || sc.first[q0 + 8] < 0 ? exp2_fast(c1) : 0.f;
         mma_wait<0>();
         pin(ya);
+#if NN <= 128
+        pin(cr);
+#endif
 #pragma unroll
         for (int i = 0; i < 32; i++) ya[i] *= i & 2 ? w1 : w0;
 #pragma unroll
