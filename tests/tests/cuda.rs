@@ -161,21 +161,24 @@ const WIDE: &str = r#"(
     layout: ( mixer: ["m2", "attn", "m2", "m2"], ffn: "mlp" ),
 )"#;
 
+/// For the first 100 steps: after them recall sets in, at a step that rounding decides, and the loss halves within 40 (bf16 ended 200 steps at 1.68,
+/// fp8 at 1.05). Longer curves, on text, are in experiments/LOG.md.
 #[test]
 fn fp8_descends_as_bf16_does() {
     let (bf16, fp8) = (of(WIDE, "Bf16", false), of(WIDE, "Bf16Fp8", false));
-    let (Some(bf16), Some(fp8)) = (gpu(&bf16, 200, true), gpu(&fp8, 200, true)) else {
+    let (Some(bf16), Some(fp8)) = (gpu(&bf16, 100, true), gpu(&fp8, 100, true)) else {
         return;
     };
     let d = apart_in_means(&fp8, &bf16);
     eprintln!(
         "means of 20 steps apart by {d:.4?}; losses {} to {} in bf16, {} in fp8",
-        bf16[0], bf16[199], fp8[199]
+        bf16[0], bf16[99], fp8[99]
     );
     assert!(bf16 != fp8, "nothing ran in 8 bits");
-    assert!(d[0] < 2e-2, "{} and {}", fp8[0], bf16[0]);
+    assert!(fp8[99] < 0.9 * fp8[0], "nothing was learned: {fp8:?}");
+    assert!(d[0] < 2e-3, "{} and {}", fp8[0], bf16[0]);
     assert!(
-        d.iter().all(|d| *d < 1e-1),
+        d.iter().all(|d| *d < 5e-2),
         "{fp8:?} in fp8, {bf16:?} in bf16"
     );
 }
