@@ -1,8 +1,8 @@
 //! Products in 8 bits, where the graph asks for them ([`Graph::fp8`]): operands are narrowed by nodes of their own, which all products that
 //! read one share, forward and backward. A value that backward reads in 8 bits alone is then kept in 8 bits alone.
 //!
-//! An operand is narrowed once, before the first product that reads it, as it lies and transposed as its products read it. Only what a
-//! block that is computed a second time would keep from one pass to the other is narrowed once for each of them: there memory is short.
+//! An operand is narrowed once, before the first product that reads it, as it lies and transposed as its products read it. Only in a
+//! block of which something is computed a second time are operands narrowed once for each pass: there memory is short.
 
 use super::{Config, PassError};
 use crate::op::{LinearDw, LinearFp8, Narrow, Op};

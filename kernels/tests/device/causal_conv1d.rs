@@ -99,7 +99,16 @@ fn convolution() {
 #[test]
 fn convolution_of_many_and_few_channels() {
     with_device(|g| {
-        for (b, t, i, k) in [(2, 1101, 4104, 4), (3, 517, 128, 4), (1, 300, 20, 4)] {
+        for (b, t, i, k) in [
+            (2, 1101, 4104, 4),
+            (3, 517, 128, 4),
+            (1, 300, 20, 4),
+            // Four channels a thread backward, short sequences; other kernels.
+            (64, 5, 4224, 4),
+            (2, 40, 8, 3),
+            (2, 40, 8, 7),
+            (2, 9, 8, 1),
+        ] {
             let pos: Vec<i32> = (0..b * t).map(|e| (e % t % 61) as i32).collect();
             let (x, dy) = (g.f(1, &[b, t, i]), g.f(4, &[b, t, i]));
             let (w, bias) = (g.s(2, &[i, k]), g.s(3, &[i]));

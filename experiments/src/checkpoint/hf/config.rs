@@ -388,11 +388,11 @@ impl Config {
         };
         let part = (head_dim as f64 * fraction) as usize;
         // transformers rounds up, and keeps the odd number in the exponents of the frequencies.
-        let dims = part.next_multiple_of(2);
-        let odd = dims != part;
+        let odd = !part.is_multiple_of(2);
+        let dims = part.saturating_add(usize::from(odd));
         if part == 0 || dims > head_dim || (odd && kind == "yarn") {
             self.problem(format!(
-                "partial_rotary_factor {fraction} of heads of {head_dim} channels would rotate {part}, expected an even number above 0"
+                "partial_rotary_factor {fraction} of heads of {head_dim} channels would rotate {part}, expected an even number from 2 to {head_dim}"
             ));
             return Rope {
                 theta,
@@ -726,6 +726,21 @@ mod tests {
             e.contains("partial_rotary_factor with rope_type linear"),
             "{e}"
         );
+    }
+
+    #[test]
+    fn no_part_of_a_head_or_more_than_a_head_is_refused() {
+        let some = RopeDefaults {
+            fraction: Some(1.0),
+            ..RopeDefaults::default()
+        };
+        for fraction in ["0", "0.1", "-1", "1.25", "1e300", "Infinity"] {
+            let text = format!(r#"{{"rope_theta": 100.0, "partial_rotary_factor": {fraction}}}"#);
+            let c = config(&text);
+            c.rope(8, &some);
+            let e = c.finish(()).unwrap_err().to_string();
+            assert!(e.contains("an even number from 2 to 8"), "{e}");
+        }
     }
 
     #[test]

@@ -101,6 +101,11 @@ fn write(m: &Model) -> Written {
             return Err(format!("its heads of {} channels are odd", a.head_dim));
         }
         Some(a) => write_attention(&mut out, a, m.context_len),
+        // Nor may the heads of no attention be odd: they are of one channel then.
+        None if !m.d_model.is_multiple_of(2) => put(
+            &mut out,
+            json!({ "num_attention_heads": m.d_model, "num_key_value_heads": m.d_model }),
+        ),
         None => write_no_attention(&mut out),
     }
     match f.mamba2 {

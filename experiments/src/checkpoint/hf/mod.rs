@@ -810,7 +810,7 @@ fn configuration(
     })
 }
 
-/// The tokens of a meaning that an imported configuration names.
+/// The tokens of a meaning that an imported configuration has, its own or its class's.
 fn token_ids(path: &Path) -> Result<Map<String, Value>, CheckpointError> {
     if !path.is_file() {
         return Ok(Map::new());
