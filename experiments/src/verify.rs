@@ -366,7 +366,11 @@ pub fn verify_in(
                 complain(format!(
                     "{name} beside it, which says how far transformers in {compute} is from its f32: {e}; make_fixtures.py --{compute} \
                      --folder {} writes it",
-                    expected.parent().unwrap_or(Path::new(".")).display()
+                    match expected.parent() {
+                        Some(folder) if !folder.as_os_str().is_empty() => folder,
+                        _ => Path::new("."),
+                    }
+                    .display()
                 ))
             })?;
             let peer: Peer = serde_json::from_str(&text)

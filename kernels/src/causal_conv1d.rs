@@ -89,8 +89,8 @@ pub fn causal_conv1d(r: &mut Recorder, a: &Args, silu: bool) {
         s.shared(&[x]),
         vec![
             x.into(),
-            a.arg(1).into(),
-            a.arg(2).into(),
+            w.into(),
+            b.into(),
             a.arg(3).into(),
             state.into(),
             a.res(0).into(),

@@ -4,10 +4,10 @@
 //! cuBLASLt takes 8 bits only where both operands hold the summed dimension contiguously, in sizes that are multiples of 16: operands are
 //! narrowed as they lie and transposed, whichever their products read, both in one walk, and padded with zeros.
 
-use crate::linear::rows_from;
+use crate::linear::{add_bias, rows_from};
 use crate::record::{
-    Args, Command, DType, Eight, Eights, Product, Recorder, THREADS, Tensor, aligned, define, int,
-    long, over, types,
+    Args, Command, DType, Eight, Eights, Product, Recorder, THREADS, Tensor, aligned, define, long,
+    over, types,
 };
 
 /// Multiple of all sizes.
@@ -157,15 +157,7 @@ pub fn linear_fp8(r: &mut Recorder, a: &Args, op: &LinearFp8) {
             ],
         );
     }
-    if bias.is_present() {
-        r.launch(
-            ("linear", "add_bias"),
-            types(&[("TA2", bias.dtype), ("TR0", op.output)]),
-            over(m * n),
-            THREADS,
-            vec![(&c).into(), bias.into(), long(m * n), int(n)],
-        );
-    }
+    add_bias(r, bias, &c, n);
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use crate::cast::convert;
 use crate::record::{
     Args, Command, DType, Param, Product, Recorder, THREADS, Tensor, aligned, define, int, long,
-    over,
+    over, types,
 };
 use crate::reduce::scale_into;
 
@@ -149,7 +149,7 @@ pub fn linear(r: &mut Recorder, a: &Args) {
         return linear_few(r, a, (m, n, k));
     }
     product_and(r, plain(x), flipped(w), a.arg(3), y, (m, n, k));
-    add_bias(r, a);
+    add_bias(r, a.arg(2), y, n);
 }
 
 /// Most rows of x for which the weights are read by a kernel of our own.
@@ -210,16 +210,15 @@ fn linear_few(r: &mut Recorder, a: &Args, (m, n, k): (usize, usize, usize)) {
     r.early();
 }
 
-/// `y += b` of [`linear`], where there is one.
-fn add_bias(r: &mut Recorder, a: &Args) {
-    let (w, b, y) = (a.arg(1), a.arg(2), a.res(0));
+/// `y += b` of a product with rows of `n`, where there is a bias.
+pub(crate) fn add_bias(r: &mut Recorder, b: &Tensor, y: &Tensor, n: usize) {
     if b.is_present() {
         r.launch(
             ("linear", "add_bias"),
-            a.types(),
+            types(&[("TA2", b.dtype), ("TR0", y.dtype)]),
             over(y.len()),
             THREADS,
-            vec![y.into(), b.into(), long(y.len()), int(w.size(0))],
+            vec![y.into(), b.into(), long(y.len()), int(n)],
         );
     }
 }

@@ -1,5 +1,5 @@
-//! Half precision as storage: what a graph types as bf16 or f16, or as one of the formats of 8 bits, is kept rounded to that format, in f32 memory, and computed with in f32,
-//! as matrix units with f32 accumulators do. It shows what a format does to a model's numbers, not how fast it is.
+//! Half precision as storage: what a graph types as bf16 or f16, or as one of the formats of 8 bits, is kept rounded to that format, in f32
+//! memory, and computed with in f32, as matrix units with f32 accumulators do. It shows what a format does to a model's numbers, not how fast it is.
 //!
 //! Rounding is to nearest, ties to even; beyond the largest f16 (65504, from 65520 on) it gives infinity. What happens inside one op
 //! (sums of a product, a scan's state, a softmax, the logits of the loss) stays f32, and what the lowering types as f32 is untouched.
@@ -39,6 +39,10 @@ impl Halves {
     }
 }
 
+/// Largest magnitude of e4m3 and of e5m2.
+pub(super) const E4M3_MOST: f32 = 448.0;
+pub(super) const E5M2_MOST: f32 = 57344.0;
+
 /// Whether a type is stored in 16 bits or 8.
 pub(super) fn is_half(dtype: DType) -> bool {
     match dtype {
@@ -52,8 +56,8 @@ pub(super) fn round(dtype: DType, x: &mut [f32]) {
     match dtype {
         DType::F16 => x.iter_mut().for_each(|x| *x = f16::from_f32(*x).to_f32()),
         DType::Bf16 => x.iter_mut().for_each(|x| *x = bf16::from_f32(*x).to_f32()),
-        DType::E4m3 => x.iter_mut().for_each(|x| *x = eight(*x, 3, -6, 448.0)),
-        DType::E5m2 => x.iter_mut().for_each(|x| *x = eight(*x, 2, -14, 57344.0)),
+        DType::E4m3 => x.iter_mut().for_each(|x| *x = eight(*x, 3, -6, E4M3_MOST)),
+        DType::E5m2 => x.iter_mut().for_each(|x| *x = eight(*x, 2, -14, E5M2_MOST)),
         DType::F32 | DType::I32 => {}
     }
 }

@@ -1,5 +1,6 @@
 //! Products with an `[out, in]` weight: one call of the matrix product each; transposes are strides.
 
+use super::halves::{E4M3_MOST, E5M2_MOST};
 use super::matmul::{Mat, MatMut, par_matmul};
 use super::tensor::{Args, Cx, Results};
 use marimba_ir::DType;
@@ -89,8 +90,8 @@ pub(super) fn linear_dw(op: &LinearDw, a: &Args, r: &mut Results, cx: &Cx) {
 pub(super) fn narrow(op: &Narrow, a: &Args, r: &mut Results, _: &Cx) {
     let (x, cols) = (a.f(0), a.ty(0).last());
     let largest = match op.to {
-        DType::E5m2 => 57344.0,
-        _ => 448.0,
+        DType::E5m2 => E5M2_MOST,
+        _ => E4M3_MOST,
     };
     // The floor keeps the factor finite.
     let most = x.iter().fold(1e-30f32, |m, v| m.max(v.abs()));
